@@ -1,0 +1,238 @@
+"""Speech in, text out: a frozen Whisper encoder, a trainable projector, a frozen causal LLM.
+
+Legend: batch (utterances), frames (of mel, 100 a second), encoder_len (50 a second), speech_len (vectors for
+the LLM), positions (prompt, speech and target in the LLM's input), n_mels, encoder_dim, llm_dim.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+import whisper
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+IGNORE = -100  # a label that costs nothing
+FORMAT_VERSION = 1  # of config.json beside a projector
+
+
+class Refused(SystemExit, ValueError):
+    """What the user gave cannot be used: ends a script with one line that says what, where and what to do."""
+
+    def __init__(self, told: str):
+        super().__init__(f"error: {told}")
+
+
+@contextmanager
+def refusing(told: str, *errors: type[Exception]):
+    """Turns `errors` into a Refused that says what was `told` and why."""
+    try:
+        yield
+    except errors as error:
+        raise Refused(f"{told}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def encoder_len(frames):
+    """Encoder vectors out of mel frames (int or Tensor): Whisper's second convolution has stride 2."""
+    return (frames + 1) // 2
+
+
+def real(lens: Tensor, size: int) -> Tensor:
+    """Lengths (batch,) -> (batch, size) bool, False where only padding stands."""
+    return torch.arange(size, device=lens.device) < lens[:, None]
+
+
+class Encoder(whisper.model.AudioEncoder):
+    """Whisper's encoder over utterances of any lengths, masked, so that none is changed by its neighbours.
+
+    openai-whisper's forward insists on 3000 frames, its SDPA takes any mask for a causal one, its LayerNorm
+    fails in bf16: so attention is spelled out here, over torch's LayerNorm. At 3000 frames both are equal.
+    """
+
+    def __init__(self, dims: whisper.model.ModelDimensions):
+        width = dims.n_audio_state
+        super().__init__(dims.n_mels, dims.n_audio_ctx, width, dims.n_audio_head, dims.n_audio_layer)
+        for block in self.blocks:
+            block.attn_ln, block.mlp_ln = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ln_post = nn.LayerNorm(width)
+        self.dims = dims
+
+    def forward(self, mel: Tensor, frames: Tensor) -> Tensor:
+        """mel (batch, n_mels, frames), frames (batch,) -> (batch, encoder_len, encoder_dim), 0 past ends."""
+        inside = real(frames, mel.shape[-1])[:, None]  # both convolutions see zeros past an end, as if alone
+        hidden = F.gelu(self.conv1(mel * inside)) * inside  # (batch, encoder_dim, frames)
+        hidden = F.gelu(self.conv2(hidden)).transpose(1, 2)  # (batch, encoder_len, encoder_dim)
+        hidden = hidden + self.positional_embedding[: hidden.shape[1]].to(hidden.dtype)
+        heard = real(encoder_len(frames), hidden.shape[1])  # (batch, encoder_len)
+        for block in self.blocks:
+            hidden = hidden + self.attend(block.attn, block.attn_ln(hidden), heard[:, None, None])
+            hidden = hidden + block.mlp(block.mlp_ln(hidden))
+        return self.ln_post(hidden) * heard[..., None]
+
+    @staticmethod
+    def attend(attn: whisper.model.MultiHeadAttention, hidden: Tensor, heard: Tensor) -> Tensor:
+        projected = (attn.query(hidden), attn.key(hidden), attn.value(hidden))
+        query, key, value = (heads.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for heads in projected)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=heard)
+        return attn.out(attended.transpose(1, 2).flatten(2))
+
+
+class Conv1dProjector(nn.Module):
+    """West's projector: Conv1d, ReLU, Linear, ReLU, Linear; stride 5 gives 10 vectors a second.
+
+    The last stride is filled up with zeros, so that the end is heard and the shortest utterance has a vector.
+    """
+
+    def __init__(self, encoder_dim: int, llm_dim: int, stride: int, hidden_dim: int):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride, stride=stride)
+        self.linear1 = nn.Linear(encoder_dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, llm_dim)
+
+    def speech_len(self, frames):
+        """Vectors out of `frames` mel frames (int or Tensor)."""
+        return -(-encoder_len(frames) // self.stride)
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        """encoded (batch, encoder_len, encoder_dim), padded with 0 -> (batch, speech_len, llm_dim)."""
+        encoded = F.pad(encoded.transpose(1, 2), (0, -encoded.shape[1] % self.stride))
+        hidden = F.relu(self.conv(encoded)).transpose(1, 2)  # (batch, speech_len, encoder_dim)
+        return self.linear2(F.relu(self.linear1(hidden)))
+
+
+def make_projector(projector_type: str, encoder_dim: int, llm_dim: int, stride=5, hidden_dim=2048):
+    """A new projector: `conv1d` is West's. Raises Refused on another type or on sizes below 1."""
+    if projector_type != "conv1d" or min(stride, hidden_dim) < 1:
+        raise Refused(f"no --projector_type {projector_type} of stride {stride} and hidden dim {hidden_dim}")
+    return Conv1dProjector(encoder_dim, llm_dim, stride, hidden_dim)
+
+
+class SpeechLLM(nn.Module):
+    """Encode, project, splice into the LLM's input. Only `projector` trains; only it is in `state_dict`.
+
+    config: as in config.json. Raises Refused if its encoder or its LLM has other sizes than these.
+    """
+
+    accepts_loss_kwargs = True  # so the Trainer hands over num_items_in_batch: one loss per token
+
+    def __init__(self, encoder: Encoder, llm: PreTrainedModel, config: dict):
+        super().__init__()
+        for which, dims in fingerprint(encoder, llm).items():
+            if dims != config.get(which):
+                raise Refused(f"another backbone: trained with {which} {config.get(which)}, given {dims}")
+        self.encoder, self.llm = encoder.requires_grad_(False), llm.requires_grad_(False)
+        llm.generation_config = GenerationConfig()  # Qwen's own brings a repetition penalty of 1.05 to 1.1
+        dims = encoder.dims.n_audio_state, llm.get_input_embeddings().embedding_dim
+        sizes = config["projector_stride"], config["projector_hidden_dim"]
+        self.projector = make_projector(config["projector_type"], *dims, *sizes)
+        self.window = config["encoder_window"]
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "SpeechLLM":
+        """Frozen parts stay in eval mode: no dropout. Only LLM layers that recompute are told the mode."""
+        super().train(False)
+        self.projector.train(mode)
+        self.training = mode
+        for layer in self.llm.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                layer.training = mode  # not its children; transformers recomputes nothing in eval mode
+        return self
+
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        """Called by the Trainer: the LLM's activations are computed again in the backward pass."""
+        self.llm.gradient_checkpointing_enable(**kwargs)
+        for module in self.llm.modules():  # OPT's layers, once told that they train, would drop out
+            module.__dict__.update({name: 0.0 for name in vars(module) if name.endswith("dropout")})
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        return self.projector.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
+        """Loads the projector, strictly even where the Trainer does not ask for it."""
+        return self.projector.load_state_dict(state_dict, strict=True, assign=assign)
+
+    @torch.no_grad()
+    def encode(self, mel: Tensor, frames: Tensor) -> Tensor:
+        """As Encoder.forward, without gradients; of a 30 s window only the real frames go on."""
+        attended = torch.full_like(frames, mel.shape[-1]) if self.window == "30s" else frames
+        encoded = self.encoder(mel.to(self.encoder.positional_embedding.dtype), attended)
+        encoded = encoded * real(encoder_len(frames), encoded.shape[1])[..., None]
+        return encoded[:, : encoder_len(int(frames.max()))]
+
+    def embed(self, mel: Tensor, frames: Tensor, input_ids: Tensor, speech_mask: Tensor) -> Tensor:
+        """The LLM's input, (batch, positions, llm_dim): text, and speech where `speech_mask` is True."""
+        encoded = self.encode(mel, frames).to(next(self.projector.parameters()).dtype)
+        speech = self.projector(encoded)  # (batch, speech_len, llm_dim)
+        embeddings = self.llm.get_input_embeddings()(input_ids).clone()
+        heard = real(self.projector.speech_len(frames), speech.shape[1])
+        embeddings[speech_mask] = speech[heard].to(embeddings.dtype)
+        return embeddings
+
+    def forward(self, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **speech_and_text):
+        """{loss}: cross-entropy of the targets, summed, by `num_items_in_batch`, else by their number.
+
+        labels (batch, positions) and what `embed` takes, padded right, where a causal LLM needs no mask.
+        """
+        embeddings = self.embed(**speech_and_text)
+        kept = (labels != IGNORE).any(0).nonzero().squeeze(1)  # positions with a label; none of the prompt
+        logits = self.llm(inputs_embeds=embeddings, logits_to_keep=kept - 1, use_cache=False).logits
+        labels = labels[:, kept].flatten()
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORE, reduction="sum")
+        targets = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": loss / targets}
+
+
+def load_encoder(name: str) -> Encoder:
+    """The encoder of an openai-whisper name or file, in float32, on the CPU. Raises Refused."""
+    with refusing(f"--whisper_model_name_or_path {name}: not a Whisper model", Exception):
+        model = whisper.load_model(name, device="cpu")  # raises many types, all of one meaning
+    encoder = Encoder(model.dims)
+    encoder.load_state_dict(model.encoder.state_dict())
+    return encoder
+
+
+def load_llm(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A causal LLM of transformers, in its checkpoint's dtype unless told otherwise. Raises Refused."""
+    with refusing(f"--llm_model_name_or_path {name}: not a causal LLM", OSError, ValueError):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+
+
+def fingerprint(encoder: Encoder, llm: PreTrainedModel) -> dict[str, dict]:
+    """The sizes by which a projector knows its two backbones again."""
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    llm_dims = {name: getattr(llm.config.get_text_config(), name) for name in names}
+    return {"encoder_dims": asdict(encoder.dims), "llm_dims": llm_dims}
+
+
+def save_projector(folder: str, state_dict: dict[str, Tensor], config: dict) -> None:
+    """Writes model.safetensors (the projector alone) and config.json (how to use it) into `folder`."""
+    os.makedirs(folder, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump({"format_version": FORMAT_VERSION, **config}, file, ensure_ascii=False, indent=2)
+
+
+def load_config(path: str) -> tuple[str, dict]:
+    """A model.safetensors, or its folder -> its path and the config.json beside it. Raises Refused."""
+    path = os.path.join(path, "model.safetensors") if os.path.isdir(path) else path
+    config_path = os.path.join(os.path.dirname(path), "config.json")
+    with refusing(f"--projector_model_path {path}: needs its config.json", OSError, ValueError):
+        with open(path, "rb"), open(config_path, encoding="utf-8") as file:
+            config = json.load(file)
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        raise Refused(f"{config_path}: not of format_version {FORMAT_VERSION}, which this code reads")
+    return path, config
+
+
+def load_projector(model: SpeechLLM, path: str) -> None:
+    """Puts the weights in `path` into the model's projector. Raises Refused unless they are just those."""
+    with refusing(f"{path}: not what its config.json says", SafetensorError, RuntimeError):
+        model.load_state_dict(load_file(path))

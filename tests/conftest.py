@@ -1,0 +1,116 @@
+"""Tiny random backbones of true form, and recordings of noise: offline, on a CPU, in seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import whisper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="2")
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_whisper(path: Path, n_mels: int = 80, seed: int = 0) -> Path:
+    """A random openai-whisper checkpoint file: two layers of width 32."""
+    torch.manual_seed(seed)
+    dims = dict(n_mels=n_mels, n_audio_ctx=1500, n_audio_state=32, n_audio_head=2, n_audio_layer=2)
+    dims |= dict(n_vocab=8, n_text_ctx=4, n_text_state=32, n_text_head=2, n_text_layer=1)
+    model = whisper.model.Whisper(whisper.model.ModelDimensions(**dims))
+    torch.nn.init.normal_(model.decoder.positional_embedding)
+    torch.save({"dims": dims, "model_state_dict": model.state_dict()}, path)
+    return path
+
+
+def make_tokenizer(
+    chat_template: str | None = CHATML,
+    bos: str | None = None,
+    eos: str = "<|im_end|>",
+    pad: str | None = None,
+):
+    """A byte-level tokenizer without merges: any text is one token a byte."""
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, pad_token=pad or eos, bos_token=bos
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fast.chat_template = chat_template
+    return fast
+
+
+def make_llm(folder: Path, model_type: str = "qwen2", tokenizer=None, seed: int = 0, **config) -> Path:
+    """A random causal LLM's folder: two layers of width 32, grouped heads, tied embeddings unless told otherwise."""
+    torch.manual_seed(seed)
+    tokenizer = tokenizer or make_tokenizer()
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    sizes |= dict(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(sizes | config)))
+    llm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_manifest(folder: Path, seconds: list[float], seed: int = 0) -> Path:
+    """Recordings of noise at 16 kHz with short texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    words = "one two three four five six seven".split()
+    with open(folder / "data.jsonl", "w", encoding="utf-8") as file:
+        for i, length in enumerate(seconds):
+            soundfile.write(folder / f"{i}.wav", 0.1 * random.standard_normal(int(length * 16000)), 16000)
+            text = " ".join(random.choice(words, size=1 + int(length * 2)))
+            file.write(json.dumps({"wav": f"{i}.wav", "txt": text}) + "\n")
+    return folder / "data.jsonl"
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A folder with whisper.pt, llm/ and data.jsonl (12 utterances of 0.3 to 3 s)."""
+    folder = tmp_path_factory.mktemp("toy")
+    make_whisper(folder / "whisper.pt")
+    make_llm(folder / "llm")
+    make_manifest(folder, [0.3, 3.0, 1.1, 0.7, 2.2, 1.6, 0.5, 2.7, 1.3, 0.9, 1.9, 0.4])
+    return folder
+
+
+def run(*command, ok: bool = True, **kwargs) -> str:
+    """Runs a script of the repo from its root; returns what it printed. Fails the test on another exit than expected."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
+    assert (done.returncode == 0) == ok, done.stdout[-4000:]
+    return done.stdout
