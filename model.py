@@ -26,7 +26,8 @@ class Refused(SystemExit, ValueError):
     """What the user gave cannot be used: ends a script with one line that says what, where and what to do."""
 
     def __init__(self, told: str):
-        super().__init__(f"error: {told}")
+        # a DataLoader's worker tells it once more, behind its traceback
+        super().__init__("error: " + told.rpartition("Refused: error: ")[2].rstrip())
 
 
 @contextmanager

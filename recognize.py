@@ -3,9 +3,8 @@
     python recognize.py --projector_model_path exp/asr --data_path test.jsonl --result_path result.jsonl
     python recognize.py --projector_model_path exp/asr hello.wav
 
-A result has the manifest's lines in their order, each with `key`, `hyp`, `score` (mean log-probability per
-token) and `seconds` of audio; where its name ends in .txt, lines of key<TAB>hyp. `torchrun --nproc_per_node N
-recognize.py ...` shares the work between N processes.
+A result has the manifest's lines in order, each with `key`, `hyp`, `score` (mean log-probability per token) and
+`seconds`; if named .txt, lines of key<TAB>hyp. `torchrun --nproc_per_node N recognize.py` shares the work.
 """
 
 import argparse

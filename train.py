@@ -57,8 +57,6 @@ class TrainArguments(TrainingArguments):
 class ProjectorTrainer(Trainer):
     """The Trainer over batches by length, with checkpoints that hold no frozen weight."""
 
-    projector_config: dict  # for config.json
-
     def _get_train_sampler(self, train_dataset: SpeechDataset | None = None) -> LengthSampler:
         step = self.args.train_batch_size * self.args.world_size  # all ranks have like lengths in a step
         return LengthSampler(train_dataset or self.train_dataset, step, self.args.seed)

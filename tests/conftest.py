@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,14 @@ def run(*command, ok: bool = True, **kwargs) -> str:
     )
     assert (done.returncode == 0) == ok, done.stdout[-4000:]
     return done.stdout
+
+
+@contextmanager
+def refused(*says: str):
+    """What is done in here must be refused, in one line that says all of this."""
+    from model import Refused
+
+    with pytest.raises(Refused) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message and all(said in message for said in says), message
