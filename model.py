@@ -201,7 +201,7 @@ def load_encoder(name: str) -> Encoder:
 
 def load_llm(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A causal LLM of transformers, in its checkpoint's dtype unless told otherwise. Raises Refused."""
-    with refusing(f"--llm_model_name_or_path {name}: not a causal LLM", OSError, ValueError):
+    with refusing(f"--llm_model_name_or_path {name}: not a causal LLM", OSError, ValueError, SafetensorError):
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 

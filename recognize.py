@@ -3,7 +3,7 @@
     python recognize.py --projector_model_path exp/asr --data_path test.jsonl --result_path result.jsonl
     python recognize.py --projector_model_path exp/asr hello.wav
 
-A result has the manifest's lines in order, each with `key`, `hyp`, `score` (mean log-probability per token) and
+A result has the manifest's lines in order, with `key`, `hyp`, `score` (mean log-probability per token) and
 `seconds`; if named .txt, lines of key<TAB>hyp. `torchrun --nproc_per_node N recognize.py` shares the work.
 """
 
@@ -73,8 +73,8 @@ def main() -> None:
     pad_left = partial(collate, side="left")
     loader = torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=pad_left, num_workers=2)
     results = {}
-    total = round(sum(seconds[index] for indices in batches for index in indices))
-    with tqdm(total=total, unit="s of audio") as progress:
+    total = sum(seconds[index] for indices in batches for index in indices)
+    with tqdm(total=total, unit="s of audio", unit_scale=True) as progress:
         for indices, batch in zip(batches, loader):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             limits = [args.max_new_tokens or 64 + int(25 * seconds[index]) for index in indices]
@@ -84,7 +84,7 @@ def main() -> None:
                 results[index] = {"hyp": hyp, "score": round(score, 6), "seconds": seconds[index]}
                 if cut:
                     tqdm.write(f"{utterances[index].where}: cut at its limit of tokens", file=sys.stderr)
-            progress.update(round(sum(seconds[index] for index in indices)))
+            progress.update(sum(seconds[index] for index in indices))
 
     if ranks > 1:
         distributed.init_process_group("gloo")
@@ -95,12 +95,13 @@ def main() -> None:
     if rank > 0:
         return
     records = [{"key": u.key, **u.record, **results[index]} for index, u in enumerate(utterances)]
+    names = [record["wav" if args.audio else "key"] for record in records]
+    lines = [f"{name}\t{' '.join(record['hyp'].split())}" for name, record in zip(names, records)]
     if args.audio:
-        print("\n".join(f"{r['wav']}\t{r['hyp']}" if len(records) > 1 else r["hyp"] for r in records))
+        print("\n".join(lines) if len(lines) > 1 else records[0]["hyp"])
         return
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    if args.result_path.endswith(".txt"):
-        lines = [f"{record['key']}\t{' '.join(record['hyp'].split())}" for record in records]
+    if not args.result_path.endswith(".txt"):
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
     with open(args.result_path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 

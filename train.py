@@ -82,7 +82,8 @@ class ProjectorTrainer(Trainer):
 def newest_checkpoint(output_dir: str) -> str | None:
     """The complete checkpoint of most steps; trainer_state.json is what the Trainer writes last."""
     states = glob.glob(os.path.join(glob.escape(output_dir), "checkpoint-*", "trainer_state.json"))
-    return max(map(os.path.dirname, states), key=lambda path: int(path.rpartition("-")[2]), default=None)
+    complete = [path for path in map(os.path.dirname, states) if path.split("-")[-1].isdigit()]
+    return max(complete, key=lambda path: int(path.split("-")[-1]), default=None)
 
 
 def main() -> None:

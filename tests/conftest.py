@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="2")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+torch.set_num_threads(1)  # such small tensors only wait for a second thread
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -58,7 +60,7 @@ def make_tokenizer(
 
 
 def make_llm(folder: Path, model_type: str = "qwen2", tokenizer=None, seed: int = 0, **config) -> Path:
-    """A random causal LLM's folder: two layers of width 32, grouped heads, tied embeddings unless told otherwise."""
+    """A random causal LLM's folder: two layers of width 32, grouped heads, tied embeddings by default."""
     torch.manual_seed(seed)
     tokenizer = tokenizer or make_tokenizer()
     sizes = dict(
@@ -104,7 +106,7 @@ def toy(tmp_path_factory) -> Path:
 
 
 def run(*command, ok: bool = True, **kwargs) -> str:
-    """Runs a script of the repo from its root; returns what it printed. Fails the test on another exit than expected."""
+    """Runs a script of the repo from its root; returns what it printed. Another exit than expected fails."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -126,3 +128,34 @@ def refused(*says: str):
         yield
     message = str(caught.value)
     assert "\n" not in message and all(said in message for said in says), message
+
+
+def script(name: str, *args) -> None:
+    """Runs a script of the repo as `python name args` would, but in this process, which has its imports."""
+    argv, environ = sys.argv, dict(os.environ)
+    sys.argv = [name, *map(str, args)]
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environ)
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory) -> Path:
+    """A folder like toy's with 4 utterances, and in exp/ a projector that train.py made learn them by heart.
+
+    The tokenizer pads with its eos. The random LLM is wide and untied, so that its input can steer it.
+    """
+    folder = tmp_path_factory.mktemp("learned")
+    make_whisper(folder / "whisper.pt")
+    make_llm(folder / "llm", hidden_size=128, intermediate_size=256, tie_word_embeddings=False)
+    make_manifest(folder, [1.0, 1.4, 0.6, 1.8])
+    backbones = ["--llm_model_name_or_path", folder / "llm"]
+    backbones += ["--whisper_model_name_or_path", folder / "whisper.pt"]
+    flags = "--max_steps 150 --per_device_train_batch_size 4 --learning_rate 3e-3 --projector_hidden_dim 512"
+    flags += " --lr_scheduler_type cosine --warmup_steps 10 --disable_tqdm True"
+    data = ["--data_path", folder / "data.jsonl", "--output_dir", folder / "exp"]
+    script("train.py", *backbones, *data, *flags.split())
+    return folder
