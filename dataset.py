@@ -1,8 +1,7 @@
 """Manifest -> examples -> batches: checks the lines, reads the audio, makes mel, prompt and labels, pads.
 
 A manifest is jsonl: `wav` (absolute, or relative to the manifest's folder) and `txt`; optional `key`, `start`
-and `duration` in seconds, `instruction`, `target` (what the LLM must write; default `txt`). Other keys pass
-through. This file knows no model weights.
+and `duration` in seconds, `instruction`, `target` (what the LLM must write; default `txt`), and any others.
 """
 
 import json

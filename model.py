@@ -127,7 +127,8 @@ class SpeechLLM(nn.Module):
         super().__init__()
         for which, dims in fingerprint(encoder, llm).items():
             if dims != config.get(which):
-                raise Refused(f"another backbone: trained with {which} {config.get(which)}, given {dims}")
+                flags = "check --whisper_model_name_or_path and --llm_model_name_or_path"
+                raise Refused(f"the projector was made for {which} {config.get(which)}, not {dims}: {flags}")
         self.encoder, self.llm = encoder.requires_grad_(False), llm.requires_grad_(False)
         llm.generation_config = GenerationConfig()  # Qwen's own brings a repetition penalty of 1.05 to 1.1
         dims = encoder.dims.n_audio_state, llm.get_input_embeddings().embedding_dim
@@ -138,9 +139,9 @@ class SpeechLLM(nn.Module):
 
     def train(self, mode: bool = True) -> "SpeechLLM":
         """Frozen parts stay in eval mode: no dropout. Only LLM layers that recompute are told the mode."""
-        super().train(False)
-        self.projector.train(mode)
-        self.training = mode
+        super().train(mode)
+        self.encoder.eval()
+        self.llm.eval()
         for layer in self.llm.modules():
             if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
                 layer.training = mode  # not its children; transformers recomputes nothing in eval mode
@@ -164,8 +165,8 @@ class SpeechLLM(nn.Module):
         """As Encoder.forward, without gradients; of a 30 s window only the real frames go on."""
         attended = torch.full_like(frames, mel.shape[-1]) if self.window == "30s" else frames
         encoded = self.encoder(mel.to(self.encoder.positional_embedding.dtype), attended)
-        encoded = encoded * real(encoder_len(frames), encoded.shape[1])[..., None]
-        return encoded[:, : encoder_len(int(frames.max()))]
+        lens = encoder_len(frames)
+        return (encoded * real(lens, encoded.shape[1])[..., None])[:, : int(lens.max())]
 
     def embed(self, mel: Tensor, frames: Tensor, input_ids: Tensor, speech_mask: Tensor) -> Tensor:
         """The LLM's input, (batch, positions, llm_dim): text, and speech where `speech_mask` is True."""

@@ -50,6 +50,8 @@ def main() -> None:
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     path, config = load_config(args.projector_model_path)
     if args.data_path:
+        if not os.path.isdir(os.path.dirname(args.result_path) or "."):
+            raise Refused(f"--result_path {args.result_path}: no such folder")
         utterances, seen = read_manifest(args.data_path, needs_target=False), {}
         for key, where in ((utterance.key, utterance.where) for utterance in utterances):
             if seen.setdefault(key, where) != where:
@@ -64,14 +66,14 @@ def main() -> None:
     load_projector(model, path)
     tokenizer = load_tokenizer(llm_name)
     ends = [tokenizer.convert_tokens_to_ids(config["end_of_turn"]), tokenizer.eos_token_id]
-    speech_len, instruction = model.projector.speech_len, args.instruction
-    examples = SpeechDataset(utterances, tokenizer, config, speech_len, instruction, with_target=False)
+    speech_len = model.projector.speech_len
+    dataset = SpeechDataset(utterances, tokenizer, config, speech_len, args.instruction, with_target=False)
 
     seconds = [utterance.seconds for utterance in utterances]
     order = sorted(range(len(seconds)), key=lambda index: -seconds[index])  # the longest first
     batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)][rank::ranks]
     pad_left = partial(collate, side="left")
-    loader = torch.utils.data.DataLoader(examples, batch_sampler=batches, collate_fn=pad_left, num_workers=2)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=pad_left, num_workers=2)
     results = {}
     total = sum(seconds[index] for indices in batches for index in indices)
     with tqdm(total=total, unit="s of audio", unit_scale=True) as progress:
@@ -92,18 +94,16 @@ def main() -> None:
         distributed.all_gather_object(shares, results)
         distributed.destroy_process_group()
         results = {index: result for share in shares for index, result in share.items()}
-    if rank > 0:
-        return
     records = [{"key": u.key, **u.record, **results[index]} for index, u in enumerate(utterances)]
     names = [record["wav" if args.audio else "key"] for record in records]
     lines = [f"{name}\t{' '.join(record['hyp'].split())}" for name, record in zip(names, records)]
-    if args.audio:
-        print("\n".join(lines) if len(lines) > 1 else records[0]["hyp"])
-        return
-    if not args.result_path.endswith(".txt"):
+    if args.data_path and not args.result_path.endswith(".txt"):
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    with open(args.result_path, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    if rank == 0 and args.audio:
+        print("\n".join(lines) if len(lines) > 1 else records[0]["hyp"])
+    elif rank == 0:
+        with open(args.result_path, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

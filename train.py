@@ -91,9 +91,9 @@ def main() -> None:
     model_args, data_args, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     if args.deepspeed and args.use_cpu:  # accelerate does so on GPUs; ZeRO-3 shards the LLM while it loads
-        from deepspeed import init_distributed
+        import deepspeed
 
-        init_distributed("gloo")
+        deepspeed.init_distributed("gloo")
 
     encoder = load_encoder(model_args.whisper_model_name_or_path)
     llm = load_llm(model_args.llm_model_name_or_path)
