@@ -61,8 +61,7 @@ class Encoder(whisper.model.AudioEncoder):
         super().__init__(dims.n_mels, dims.n_audio_ctx, width, dims.n_audio_head, dims.n_audio_layer)
         for block in self.blocks:
             block.attn_ln, block.mlp_ln = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.ln_post = nn.LayerNorm(width)
-        self.dims = dims
+        self.ln_post, self.dims = nn.LayerNorm(width), dims
 
     def forward(self, mel: Tensor, frames: Tensor) -> Tensor:
         """mel (batch, n_mels, frames), frames (batch,) -> (batch, encoder_len, encoder_dim), 0 past ends."""

@@ -74,8 +74,7 @@ def main() -> None:
     batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)][rank::ranks]
     pad_left = partial(collate, side="left")
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=pad_left, num_workers=2)
-    results = {}
-    total = sum(seconds[index] for indices in batches for index in indices)
+    results, total = {}, sum(seconds[index] for indices in batches for index in indices)
     with tqdm(total=total, unit="s of audio", unit_scale=True) as progress:
         for indices, batch in zip(batches, loader):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
