@@ -1,8 +1,10 @@
 """Tiny random backbones of true form, and recordings of noise: offline, on a CPU, in seconds."""
 
 import json
+import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -27,11 +29,11 @@ CHATML = (
 )
 
 
-def make_whisper(path: Path, n_mels: int = 80, seed: int = 0) -> Path:
-    """A random openai-whisper checkpoint file: two layers of width 32."""
+def make_whisper(path: Path, n_mels: int = 80, seed: int = 0, **sizes) -> Path:
+    """A random openai-whisper checkpoint file: two layers of width 32 unless told otherwise."""
     torch.manual_seed(seed)
     dims = dict(n_mels=n_mels, n_audio_ctx=1500, n_audio_state=32, n_audio_head=2, n_audio_layer=2)
-    dims |= dict(n_vocab=8, n_text_ctx=4, n_text_state=32, n_text_head=2, n_text_layer=1)
+    dims |= dict(n_vocab=8, n_text_ctx=4, n_text_state=32, n_text_head=2, n_text_layer=1) | sizes
     model = whisper.model.Whisper(whisper.model.ModelDimensions(**dims))
     torch.nn.init.normal_(model.decoder.positional_embedding)
     torch.save({"dims": dims, "model_state_dict": model.state_dict()}, path)
@@ -140,6 +142,36 @@ def script(name: str, *args) -> None:
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environ)
+
+
+def ranks(processes: int, log: Path, name: str, *args) -> str:
+    """What a script prints in that many processes, with torchrun's environment, but forked: a quick start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["train", "recognize", "deepspeed", "conftest"])
+    workers = [
+        forkserver.Process(target=one_rank, args=(rank, processes, port, log, name, args))
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=300)
+        worker.kill()
+    assert [worker.exitcode for worker in workers] == [0] * processes, log.read_text()[-4000:]
+    return log.read_text()
+
+
+def one_rank(rank: int, processes: int, port: str, log: Path, name: str, args: tuple) -> None:
+    os.chdir(ROOT)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    script(name, *args)
 
 
 @pytest.fixture(scope="session")

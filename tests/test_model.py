@@ -115,7 +115,10 @@ PUBLISHED = {  # (Whisper dim, LLM dim): parameters in units of 2^20
 def test_projectors_have_the_published_parameter_counts(dims, published):
     with torch.device("meta"):
         projector = make_projector("conv1d", *dims)
-    assert round(sum(weight.numel() for weight in projector.parameters()) / 2**20, 2) == published
+    count, (encoder_dim, llm_dim) = sum(weight.numel() for weight in projector.parameters()), dims
+    assert round(count / 2**20, 2) == published
+    # Conv1d of kernel 5, Linear, Linear: each with a bias, which the two decimals above do not show
+    assert count == (5 * encoder_dim + 1) * encoder_dim + (encoder_dim + 1) * 2048 + (2048 + 1) * llm_dim
 
 
 def test_speech_len_is_what_comes_out_of_1_to_3000_frames():
@@ -363,18 +366,18 @@ def search(model, examples, limits, end_ids, num_beams=1):
     return beam_search(model, collate(examples, side="left"), limits, end_ids, num_beams)
 
 
-def an_end(model: SpeechLLM, examples: list[dict]) -> int:
-    """A token that a random LLM writes, but not at once: as the end of turn it ends some of the texts."""
+def likely_ends(model: SpeechLLM, examples: list[dict]) -> list[int]:
+    """Two tokens that a random LLM writes, but not at once: as ends of turn they end some of the texts."""
     texts = [ids for ids, *_ in search(model, examples, [12] * 8, [model.llm.config.vocab_size - 1], 3)]
     seen = [token for ids in texts for token in ids[3:]]
-    return max(sorted(set(seen)), key=seen.count)
+    return sorted(set(seen), key=lambda token: (-seen.count(token), token))[:2]
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_of_eight_equals_eight_singles(build, family, num_beams):
     model, _, examples = build(family)
-    ends = [an_end(model, examples), 0]
+    ends = likely_ends(model, examples)[:1] + [0]
     together = search(model, examples, LIMITS, ends, num_beams)
     for i, example in enumerate(examples):
         (alone,) = search(model, [example], LIMITS[i : i + 1], ends, num_beams)
@@ -387,7 +390,7 @@ def test_text_of_eight_equals_eight_singles(build, family, num_beams):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_score_is_the_mean_log_probability_of_the_text_and_its_end(build, family, num_beams):
     model, _, examples = build(family)
-    end = an_end(model, examples)
+    end = likely_ends(model, examples)[0]
     for i, (ids, score, _) in enumerate(search(model, examples, LIMITS, [end], num_beams)[::3]):
         inputs, log_probs = embed(model, examples[3 * i]), []
         for token in ids + [end]:  # one forward pass a token: no cache, no padding, no batch
@@ -398,7 +401,7 @@ def test_the_score_is_the_mean_log_probability_of_the_text_and_its_end(build, fa
 
 def test_greedy_text_is_the_likeliest_token_at_each_step_up_to_the_end_of_turn(build):
     model, _, examples = build()
-    end, lens = an_end(model, examples), []
+    end, lens = likely_ends(model, examples)[0], []
     for example, (ids, _, cut) in zip(examples, search(model, examples, LIMITS, [end])):
         inputs, expected, limit = embed(model, example), [], LIMITS[len(lens)]
         while len(expected) < limit:
@@ -413,6 +416,23 @@ def test_greedy_text_is_the_likeliest_token_at_each_step_up_to_the_end_of_turn(b
     assert any(n == limit for n, limit in zip(lens, LIMITS)) and any(
         n < limit for n, limit in zip(lens, LIMITS)
     )
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_any_of_the_end_tokens_ends_a_text(build, num_beams):
+    """The template's end of turn, and the LLM's own eos: whichever is written first."""
+    model, _, examples = build()
+    ends = likely_ends(model, examples)
+    one, other = (search(model, examples, [40] * 8, order, num_beams) for order in (ends, ends[::-1]))
+    assert [ids for ids, *_ in one] == [ids for ids, *_ in other]
+    assert not any(set(ends) & set(ids) for ids, *_ in one)
+
+
+def test_more_beams_find_likelier_texts(build):
+    model, _, examples = build()
+    ends = likely_ends(model, examples)
+    scores = {n: [score for _, score, _ in search(model, examples, LIMITS, ends, n)] for n in (1, 3, 8)}
+    assert sum(scores[1]) < sum(scores[3]) < sum(scores[8])
 
 
 OWN = {  # a generation_config.json, as LLMs bring them, or might
@@ -434,7 +454,7 @@ OWN = {  # a generation_config.json, as LLMs bring them, or might
 @pytest.mark.parametrize("own", OWN.values(), ids=OWN)
 def test_the_llms_own_generation_config_changes_nothing(build, folder, own):
     model, _, examples = build()
-    ends = [an_end(model, examples)]
+    ends = likely_ends(model, examples)[:1]
     try:
         (folder / "qwen2" / "generation_config.json").rename(folder / "own.json")
         (folder / "qwen2" / "generation_config.json").write_text(json.dumps(own))
