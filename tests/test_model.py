@@ -428,11 +428,18 @@ def test_any_of_the_end_tokens_ends_a_text(build, num_beams):
     assert not any(set(ends) & set(ids) for ids, *_ in one)
 
 
-def test_more_beams_find_likelier_texts(build):
+def test_with_room_for_all_beams_find_the_likeliest_of_all_texts(build):
+    """Of two tokens: all 258 x 258 are tried by hand. The end of turn is one that is unlikely here."""
     model, _, examples = build()
-    ends = likely_ends(model, examples)
-    scores = {n: [score for _, score, _ in search(model, examples, LIMITS, ends, n)] for n in (1, 3, 8)}
-    assert sum(scores[1]) < sum(scores[3]) < sum(scores[8])
+    end = model.llm.config.vocab_size - 1
+    found, greedy = (search(model, examples, [2] * 8, [end], num_beams) for num_beams in (260, 1))
+    for example, (ids, *_) in zip(examples, found):
+        inputs, tokens = embed(model, example), torch.arange(end)
+        first = model.llm(inputs_embeds=inputs).logits[0, -1].log_softmax(-1)[:end]
+        inputs = inputs.expand(end, -1, -1), model.llm.get_input_embeddings()(tokens)[:, None]
+        second = model.llm(inputs_embeds=torch.cat(inputs, dim=1)).logits[:, -1].log_softmax(-1)[:, :end]
+        assert ids == list(divmod(int((first[:, None] + second).argmax()), end))
+    assert [ids for ids, *_ in found] != [ids for ids, *_ in greedy]  # so it says something
 
 
 OWN = {  # a generation_config.json, as LLMs bring them, or might
