@@ -65,7 +65,8 @@ def main() -> None:
     model = SpeechLLM(encoder, llm, config).to(device)
     load_projector(model, path)
     tokenizer = load_tokenizer(llm_name)
-    ends = [tokenizer.convert_tokens_to_ids(config["end_of_turn"]), tokenizer.eos_token_id]
+    end = tokenizer.convert_tokens_to_ids(config["end_of_turn"])
+    end_ids = [end] + [eos for eos in [tokenizer.eos_token_id] if eos not in (None, end)]
     speech_len = model.projector.speech_len
     dataset = SpeechDataset(utterances, tokenizer, config, speech_len, args.instruction, with_target=False)
 
@@ -79,7 +80,7 @@ def main() -> None:
         for indices, batch in zip(batches, loader):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             limits = [args.max_new_tokens or 64 + int(25 * seconds[index]) for index in indices]
-            hyps = beam_search(model, batch, limits, list(dict.fromkeys(ends)), args.num_beams)
+            hyps = beam_search(model, batch, limits, end_ids, args.num_beams)
             for index, (ids, score, cut) in zip(indices, hyps):
                 hyp = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 results[index] = {"hyp": hyp, "score": round(score, 6), "seconds": seconds[index]}

@@ -3,18 +3,27 @@
     python demo/make_backbones.py --output_dir exp/demo                         # unpack what is shipped
     python demo/make_backbones.py --data_path train.jsonl --output_dir exp/own  # teach it other recordings
 
-writes whisper.pt and llm/. The encoder learns by CTC over the characters of the transcripts. The LLM
-learns by text alone (those transcripts, and the demo's grammar) to repeat, translate, answer and continue, on
-input with repeated, missing, wrong and noisy tokens, so that it forgives as a big LLM does. Part of what it
+writes whisper.pt and llm/. The encoder learns by CTC over the characters of the transcripts. The LLM learns
+by text alone (those transcripts, and the demo's grammar) to repeat, translate, answer and continue, on input
+with repeated, missing, wrong and noisy tokens, so that it forgives as a big LLM does. Part of what it
 repeats is random, so that it can be led to write what it has never seen.
 
-Without --data_path 5 s; with it TEACH_MINUTES. The CTC loss should fall below 0.3, the LLM's below 0.5.
+Without --data_path 10 s; with it about 7 minutes on 2 cores. On 3,000 strings of real digits the CTC loss
+falls to 0.10 and the LLM's to 0.4.
 
-The shipped ones, demo/backbones/, were made so, in SCRATCH_MINUTES on 2 cores:
+The shipped ones, demo/backbones/, were made in two rounds:
 
-    python demo/corpus.py --output_dir exp/backbones --num_train 8000 --seed 1
-    python demo/make_backbones.py --data_path exp/backbones/train.jsonl --output_dir exp/backbones \\
-      --from_scratch --encoder_steps 3400 --llm_steps 2500 --learning_rate 1.5e-3 --ship demo/backbones
+    python demo/corpus.py --output_dir exp/round1 --num_train 8000 --seed 1
+    python demo/make_backbones.py --data_path exp/round1/train.jsonl --output_dir exp/round1 --from_scratch \\
+      --encoder_steps 3400 --llm_steps 1800 --learning_rate 1.5e-3 --ship demo/backbones
+    python demo/corpus.py --output_dir exp/round2 --num_train 10000 --seed 2
+    python demo/make_backbones.py --data_path exp/round2/train.jsonl --output_dir exp/round2 \\
+      --encoder_steps 2600 --llm_steps 1800 --learning_rate 1.2e-3 --ship demo/backbones
+
+The encoder took 93 minutes and the LLM 51, each on one core that it shared with other work. Greedy CTC of
+the encoder alone: WER 28.5 % on the demo's test after round 1, 8.8 % after round 2. Round 1 of the shipped
+ones was of an earlier version: 112 of the 136 voices, no doubled or wrong tokens for the LLM, whose cosine
+was cut short.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python demo/run.py
 
-THREE minutes on 2 cores, no GPU and no download. You should see a loss that falls from 7 to below 0.1, a WER
-of a few per cent on sentences and voices that were never in training, and one near 100 % when each sentence
-is given another's audio: the LLM knows the grammar, but writes what it hears. All of it lands in exp/demo/.
+Two to three minutes on 2 cores, no GPU, no download. You should see a loss that falls from 6 to 0.02, a WER
+of about 2 % on sentences and voices that were never in training, and one above 100 % when each sentence is
+given another's audio: the LLM knows the grammar, but writes what it hears. All of it lands in exp/demo/.
 """
 
 import json

@@ -39,7 +39,9 @@ def help_of():
     def text(script: str) -> str:
         if script not in texts:
             command = [sys.executable, script, "--help"]
-            texts[script] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            texts[script] = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
         return texts[script]
 
     return text
