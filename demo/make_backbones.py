@@ -327,6 +327,7 @@ def write(folder: Path, encoder: Encoder, llm: Qwen2ForCausalLM, tokenizer: Qwen
     """Write whisper.pt, as openai-whisper reads it, and llm/, as transformers does."""
     model = whisper.model.Whisper(DIMS)  # its decoder stays untrained: Ears has no use for it
     model.encoder.load_state_dict(encoder.state_dict())
+    nn.init.zeros_(model.decoder.positional_embedding)  # Whisper leaves it as the memory happens to be
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"dims": asdict(DIMS), "model_state_dict": model.state_dict()}, folder / "whisper.pt")
     llm.save_pretrained(folder / "llm")
