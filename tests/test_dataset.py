@@ -594,7 +594,7 @@ def test_only_the_last_step_is_not_full():
 
 # ---- real recordings ----
 
-SHARED = Path(os.environ.get("EARS_SHARED_DATA", ROOT.parent / "shared" / "data"))
+SHARED = Path(os.environ.get("EARS_DATA", ROOT.parent / "shared" / "data"))
 REAL = ["fsdd/test", "fsdd/train", "an4/all", "librispeech/all", "ljspeech/all", "aishell3/all"]
 
 
@@ -602,7 +602,7 @@ REAL = ["fsdd/test", "fsdd/train", "an4/all", "librispeech/all", "ljspeech/all",
 def test_real_recordings_are_heard_whole(name):
     manifest = SHARED / f"{name}.jsonl"
     if not manifest.is_file():
-        pytest.skip(f"no recordings at {manifest}; set EARS_SHARED_DATA to their folder")
+        pytest.skip(f"no recordings at {manifest}; set EARS_DATA to their folder")
     utterances = read_manifest(str(manifest))
     with open(manifest, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
