@@ -25,4 +25,4 @@ learn an4 20 word
 learn librispeech 20 word
 learn ljspeech 20 word
 learn aishell3 400 char | tee $out/aishell3.txt
-grep -Eq '^%CER [0-4]\.' $out/aishell3.txt || { echo "error: CER on aishell3 is not below 5 %" >&2; exit 1; }
+awk '/^%CER/ && !seen++ {rate = $2} END {exit !(seen && rate < 5)}' $out/aishell3.txt || { echo "error: CER on aishell3 is not below 5 %" >&2; exit 1; }
