@@ -65,10 +65,9 @@ def main() -> None:
     model = SpeechLLM(encoder, llm, config).to(device)
     load_projector(model, path)
     tokenizer = load_tokenizer(llm_name)
-    end = tokenizer.convert_tokens_to_ids(config["end_of_turn"])
-    end_ids = [end] + [eos for eos in [tokenizer.eos_token_id] if eos not in (None, end)]
     speech_len = model.projector.speech_len
     dataset = SpeechDataset(utterances, tokenizer, config, speech_len, args.instruction, with_target=False)
+    end_ids = [dataset.end_of_turn_id, *({tokenizer.eos_token_id} - {None, dataset.end_of_turn_id})]
 
     seconds = [utterance.seconds for utterance in utterances]
     order = sorted(range(len(seconds)), key=lambda index: -seconds[index])  # the longest first

@@ -13,6 +13,7 @@ import gc
 import glob
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -26,10 +27,10 @@ from model import SpeechLLM, fingerprint, load_encoder, load_llm, save_projector
 class ModelArguments:
     llm_model_name_or_path: str = HfArg(help="Causal LLM of transformers: hub name or folder.")
     whisper_model_name_or_path: str = HfArg(help="openai-whisper model: name (tiny, large-v3) or file.")
-    projector_type: str = HfArg(default="conv1d", help="conv1d (West's) or blsp.")
+    projector_type: str = HfArg(default="conv1d", help="conv1d is West's.")
     projector_stride: int = HfArg(default=5, help="Encoder vectors (50 a second) per speech vector.")
     projector_hidden_dim: int = HfArg(default=2048, help="Width between the two Linears of conv1d.")
-    encoder_window: str = HfArg(default="utterance", help="Whisper hears the utterance, masked, or 30s.")
+    encoder_window: Literal["utterance", "30s"] = HfArg(default="utterance", help="What Whisper is given.")
 
 
 @dataclass
@@ -41,7 +42,7 @@ class DataArguments:
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """Those of transformers, West's names for two of them, and other defaults for three."""
+    """Those of transformers, West's names for two of them, and other defaults."""
 
     eval_strategy: str = HfArg(default="no", aliases="--evaluation_strategy", help="no, steps or epoch.")
     warmup_steps: float = HfArg(default=0, aliases="--warmup_ratio", help="Steps, or if below 1 their share.")

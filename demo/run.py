@@ -2,7 +2,7 @@
 
     python demo/run.py
 
-About two minutes on 2 cores, no GPU, no download. You should see a loss that falls from 6 to 0.02, a WER
+About two minutes on 2 cores, no GPU, no download. You should see a loss that falls from 5 to 0.02, a WER
 of about 2 % on sentences and voices that were never in training, and one above 100 % when each sentence is
 given another's audio: the LLM knows the grammar, but writes what it hears. All of it lands in exp/demo/.
 """

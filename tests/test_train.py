@@ -332,6 +332,8 @@ def test_encoder_window(toy, tmp_path, one_step):
     out = train_here(toy, tmp_path, "--encoder_window", "30s", "--max_steps", "1")
     assert logged(out, "loss") != logged(one_step, "loss")
     assert (config(one_step)["encoder_window"], config(out)["encoder_window"]) == ("utterance", "30s")
+    with pytest.raises(SystemExit):
+        train_here(toy, tmp_path, "--encoder_window", "30")  # not taken for one of the two in silence
 
 
 def test_seed(toy, tmp_path, one_step):
