@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
+from dataset import Recordings, collate
 from model import SpeechLLM
 
 
@@ -62,3 +63,41 @@ def beam_search(
         (hyp[:length].tolist(), log_prob[: length + 1].mean().item(), length == limit)
         for hyp, log_prob, length, limit in zip(hyps, log_probs, lens.tolist(), limits.tolist())
     ]
+
+
+def transcribe(
+    model: SpeechLLM,
+    recordings: Recordings,
+    items: list[tuple],
+    num_beams=3,
+    batch_size=16,
+    max_new_tokens=None,
+) -> list[dict]:
+    """items of `recordings` -> {hyp, score, cut: whether a limit of tokens ended it} or {error} of each.
+
+    The parts of all are decoded by length, `batch_size` at a time; score: mean log-probability per token.
+    """
+    device, tokenizer = next(model.parameters()).device, recordings.tokenizer
+    end_ids = [recordings.end_of_turn_id]
+    end_ids += {tokenizer.eos_token_id} - {None, *end_ids}
+    examples = [example for parts, _ in items for example in parts]
+    order = sorted(range(len(examples)), key=lambda k: -examples[k]["frames"])
+    hyps = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([examples[k] for k in chosen], side="left")
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        limits = [max_new_tokens or 64 + frames // 4 for frames in batch["frames"].tolist()]  # 25 a second
+        hyps |= zip(chosen, beam_search(model, batch, limits, end_ids, num_beams))
+    results, in_order = [], iter(range(len(examples)))
+    for parts, error in items:
+        if error is not None:
+            results.append({"error": error})
+            continue
+        ids, scores, cut = zip(*(hyps[next(in_order)] for _ in parts))
+        texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        counts = [len(part) + 1 for part in ids]  # with the end of turn
+        score = sum(score * count for score, count in zip(scores, counts)) / sum(counts)
+        # 4 digits do not depend on how many threads add them up
+        results.append({"hyp": " ".join(filter(None, texts)), "score": round(score, 4), "cut": any(cut)})
+    return results

@@ -1,107 +1,32 @@
-"""Manifest -> examples -> batches: checks the lines, reads the audio, makes mel, prompt and labels, pads.
+"""Manifest -> examples -> batches: prompt, speech and labels, mel, padding, batches by length.
 
-A manifest is jsonl: `wav` (absolute, or relative to the manifest's folder) and `txt`; optional `key`, `start`
-and `duration` in seconds, `instruction`, `target` (what the LLM must write; default `txt`), and any others.
+python dataset.py train.jsonl   # checks every line and recording; ends with 1 if there is a problem
 """
 
-import json
 import math
-import os
+import sys
 from functools import partial
-from json import JSONDecodeError
-from typing import NamedTuple
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 import whisper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from model import IGNORE, Refused, refusing
+from errors import Refused, refusing
+from manifest import MAX_SECONDS, SAMPLE_RATE, Utterance, check, cut, read_audio
+from model import IGNORE
 
-SAMPLE_RATE, MAX_SECONDS = whisper.audio.SAMPLE_RATE, whisper.audio.CHUNK_LENGTH  # 16 kHz, 30 s
-MIN_SAMPLES = whisper.audio.N_FFT // 2 + 1  # log_mel_spectrogram reflects half a window at either end
 INSTRUCTION = "Transcribe the speech."
 SPEECH_SLOT, INSTRUCTION_SLOT = "<|speech|>", "<|instruction|>"  # in a rendered prompt
-TEXTS, NUMBERS = ("wav", "txt", "key", "instruction", "target"), ("start", "duration")  # in a record
 PADDING = {"input_ids": 0, "speech_mask": False, "labels": IGNORE, "attention_mask": 0}
-
-
-class Utterance(NamedTuple):
-    """One line of a manifest, checked."""
-
-    record: dict  # as it stood there
-    where: str  # as train.jsonl:17, for messages
-    path: str
-    seconds: float
-    key: str
-    target: str | None
-
-
-def read_manifest(path: str, needs_target: bool = True) -> list[Utterance]:
-    """All lines, checked as far as that goes without decoding audio. Raises Refused with file:line."""
-    with refusing(f"--data_path {path}", OSError), open(path, "rb") as file:
-        lines = file.read().splitlines()
-    utterances = []
-    for number, line in enumerate(lines, start=1):
-        with refusing(f"{path}:{number}: not a line of JSON in UTF-8", UnicodeError, JSONDecodeError):
-            record = json.loads(line.decode("utf-8"))
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
-        utterances.append(read_record(record, f"{path}:{number}", os.path.dirname(path)))
-        if needs_target and "target" not in record and not (utterances[-1].target or "").strip():
-            raise Refused(f"{path}:{number}: no txt to learn (for silence give an empty target)")
-    if not utterances:
-        raise Refused(f"{path}: empty; a manifest has one JSON object per line, with wav and txt")
-    return utterances
-
-
-def read_record(record: dict, where: str, folder: str) -> Utterance:
-    """A record, whose `wav` is relative to `folder` -> its utterance. Raises Refused with `where`."""
-    if not isinstance(record, dict) or "wav" not in record:
-        raise Refused(f"{where}: a JSON object with wav and txt is needed")
-    for name, value in record.items():
-        if name in TEXTS and not isinstance(value, str):
-            raise Refused(f"{where}: {name} must be a string, not {value!r}")
-        if name in NUMBERS and (type(value) not in (int, float) or not 0 <= value < 1e9):
-            raise Refused(f"{where}: {name} must be a number of seconds, not {value!r}")
-    path, start, seconds = os.path.join(folder, record["wav"]), record.get("start", 0), record.get("duration")
-    if not os.path.isfile(path):
-        raise Refused(f"{where}: no such audio file: {path}")
-    if seconds is None:
-        with refusing(f"{where}: no audio that can be read", soundfile.SoundFileError):
-            seconds = soundfile.info(path).duration - start
-    if not 0 < seconds <= MAX_SECONDS:
-        span = f"{seconds} s of audio from {start} s on"
-        raise Refused(f"{where}: {span}; Whisper hears up to {MAX_SECONDS} s: cut with start and duration")
-    key = record.get("key", os.path.splitext(os.path.basename(path))[0])
-    return Utterance(record, where, path, float(seconds), key, record.get("target", record.get("txt")))
-
-
-def read_audio(utterance: Utterance) -> np.ndarray:
-    """Mono float32 samples at 16 kHz. Raises Refused if the file does not hold what it should."""
-    start, where = utterance.record.get("start"), f"{utterance.where}: {utterance.path}"
-    with refusing(where, soundfile.SoundFileError), soundfile.SoundFile(utterance.path) as file:
-        file.seek(round((start or 0) * file.samplerate))
-        # duration without start cuts nothing: it is the known length, and the file must bear it out
-        samples = -1 if start is None else round(utterance.seconds * file.samplerate)
-        waveform = file.read(samples, dtype="float32", always_2d=True).mean(axis=1)
-        waveform = soxr.resample(waveform, file.samplerate, SAMPLE_RATE)
-    seconds = len(waveform) / SAMPLE_RATE
-    if seconds > MAX_SECONDS or abs(seconds - utterance.seconds) > 0.1:
-        told = f"{seconds:.2f} s where {utterance.seconds:.2f} s should be"
-        raise Refused(f"{where}: {told}; the file is cut short, or a part of it needs start")
-    if len(waveform) < MIN_SAMPLES or not np.isfinite(waveform).all():
-        raise Refused(f"{where}: NaN, infinite, or under {MIN_SAMPLES} samples at 16 kHz")
-    return waveform
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer. Raises Refused."""
     with refusing(f"--llm_model_name_or_path {name}: no tokenizer", OSError, ValueError):
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -129,14 +54,15 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Utterances -> examples, to train on, or to generate from where not `with_target`.
+    """Utterances -> examples to train on; in place of one that cannot be used stands the next that can.
 
-    config: what config.json holds; speech_len: the projector's; instruction: in place of each record's.
+    config: what config.json holds; speech_len: the projector's; most: positions in the LLM's input;
+    instruction: in place of each record's.
     """
 
-    def __init__(self, utterances, tokenizer, config, speech_len, instruction=None, with_target=True):
+    def __init__(self, utterances, tokenizer, config, speech_len, most=math.inf, instruction=None):
         self.utterances, self.tokenizer, self.config = utterances, tokenizer, config
-        self.speech_len, self.instruction, self.with_target = speech_len, instruction, with_target
+        self.speech_len, self.most, self.instruction = speech_len, most, instruction
         self.before, self.after = config["prompt"].split(SPEECH_SLOT)
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids(config["end_of_turn"])
         self.epoch = 0  # which of its orders LengthSampler takes
@@ -155,26 +81,31 @@ class SpeechDataset(torch.utils.data.Dataset):
         """Ids before the speech, between speech and target, and of the target with its end of turn."""
         instruction = self.instruction or utterance.record.get("instruction", INSTRUCTION)
         after = self.after.replace(INSTRUCTION_SLOT, instruction)
-        target = self.ids(utterance.target) + [self.end_of_turn_id] if self.with_target else []
+        target = self.ids(utterance.target or "") + [self.end_of_turn_id]
         return self.ids(self.before), self.ids(after), target
 
-    def check_positions(self, most: int) -> None:
-        """Raises Refused at the first utterance that takes more than `most` positions in the LLM's input."""
-        for utterance in self.utterances:
-            positions = self.speech_len(math.ceil(utterance.seconds * 100))
-            positions += sum(map(len, self.text_ids(utterance)))
-            if positions > most:
-                raise Refused(f"{utterance.where}: {positions} positions; --model_max_length is {most}")
+    def check_positions(self) -> None:
+        """Raises Refused if one of 1,000 utterances, evenly spread, takes more than `most` positions."""
+        for i in np.unique(np.linspace(0, len(self) - 1, 1000, dtype=int)):
+            utterance = self.utterances[i]
+            self.fit(utterance, self.speech_len(round(utterance.seconds * 100)), *self.text_ids(utterance))
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def fit(self, utterance: Utterance, speech_len: int, *texts: list[int]) -> None:
+        positions = speech_len + sum(map(len, texts))
+        if positions > self.most:
+            raise Refused(f"{utterance.where}: {positions} positions; --model_max_length is {self.most}")
+
+    def example(self, utterance: Utterance, waveform: np.ndarray, with_target: bool) -> dict[str, Tensor]:
         """mel (n_mels, frames), frames (), input_ids, speech_mask, labels or attention_mask (positions)."""
-        utterance = self.utterances[index]
-        waveform = torch.from_numpy(read_audio(utterance))
+        if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
+            raise Refused(f"{utterance.where}: {utterance.path}: over {MAX_SECONDS} s")
+        waveform = torch.from_numpy(waveform)
         frames = len(waveform) // whisper.audio.HOP_LENGTH
         if self.config["encoder_window"] == "30s":
             waveform = whisper.pad_or_trim(waveform)
         before, after, target = self.text_ids(utterance)
-        speech_len = self.speech_len(frames)
+        speech_len, target = self.speech_len(frames), target if with_target else []
+        self.fit(utterance, speech_len, before, after, target)
         prompt_len = len(before) + speech_len + len(after)
         example = {
             "mel": whisper.log_mel_spectrogram(waveform, self.config["encoder_dims"]["n_mels"]),
@@ -183,39 +114,74 @@ class SpeechDataset(torch.utils.data.Dataset):
             "speech_mask": torch.zeros(prompt_len + len(target), dtype=torch.bool),
         }
         example["speech_mask"][len(before) : len(before) + speech_len] = True
-        if self.with_target:
+        if with_target:
             return {**example, "labels": torch.tensor([IGNORE] * prompt_len + target)}
         return {**example, "attention_mask": torch.ones(prompt_len, dtype=torch.long)}
 
+    def __getitem__(self, index: int) -> dict:
+        """An example with target, `where` it stands, and the `faults` of those that it replaces."""
+        faults = []
+        for i in range(index, index + 100):
+            try:
+                utterance = self.utterances[i % len(self)]
+                example = self.example(utterance, read_audio(utterance), with_target=True)
+                return {**example, "where": utterance.where, "faults": faults}
+            except Refused as refused:
+                faults.append(refused.told)
+        raise Refused(f"100 utterances in a row cannot be used: {faults[0]}, ...")
 
-def collate(examples: list[dict[str, Tensor]], side: str = "right") -> dict[str, Tensor]:
+
+class Recordings(SpeechDataset):
+    """Utterances -> what the LLM is given to recognise each, in parts where it is over 30 s."""
+
+    def __getitem__(self, index: int) -> tuple[list[dict[str, Tensor]], str | None]:
+        """Examples without target, or why there are none."""
+        try:
+            utterance = self.utterances[index]
+            parts = cut(read_audio(utterance))
+            return [self.example(utterance, part, with_target=False) for part in parts], None
+        except Refused as refused:
+            return [], refused.told
+
+
+def collate(examples: list[dict], side: str = "right") -> dict:
     """Examples -> a batch. Text is padded at `side`: right to train, left to generate; mel always right."""
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
-    batch = {"frames": torch.stack(columns.pop("frames"))}
-    batch["mel"] = pad_sequence([mel.T for mel in columns.pop("mel")], batch_first=True).transpose(1, 2)
-    for name, column in columns.items():
-        batch[name] = pad_sequence(column, True, PADDING[name], padding_side=side)
+    batch = {name: [example[name] for example in examples] for name in examples[0]}
+    batch["frames"] = torch.stack(batch["frames"])
+    batch["mel"] = pad_sequence([mel.T for mel in batch["mel"]], batch_first=True).transpose(1, 2)
+    for name in PADDING.keys() & batch.keys():
+        batch[name] = pad_sequence(batch[name], True, PADDING[name], padding_side=side)
     return batch
 
 
 class LengthSampler(torch.utils.data.Sampler):
     """Indices, each `step` of them of utterances of like length, in an order set by seed and epoch.
 
-    Shuffled, cut into pools of 50 steps, sorted within a pool, cut into steps, and the steps shuffled.
+    Shuffled, cut into pools of 50 steps; a pool is sorted, cut into steps, and its steps are shuffled.
     """
 
     def __init__(self, dataset: SpeechDataset, step: int, seed: int):
         self.dataset, self.step, self.seed = dataset, step, seed
-        self.seconds = np.array([utterance.seconds for utterance in dataset.utterances])
 
     def __len__(self) -> int:
-        return len(self.seconds)
+        return len(self.dataset.utterances)
 
     def __iter__(self):
-        random = np.random.default_rng((self.seed, self.dataset.epoch))
-        order = random.permutation(len(self))
-        pools = np.split(order, range(50 * self.step, len(self), 50 * self.step))
-        order = np.concatenate([pool[np.argsort(self.seconds[pool], kind="stable")] for pool in pools])
-        whole = len(self) // self.step  # a last step that is not full stays last
-        for i in [*random.permutation(whole), whole]:
-            yield from order[i * self.step : (i + 1) * self.step].tolist()
+        random, seconds = (
+            np.random.default_rng((self.seed, self.dataset.epoch)),
+            self.dataset.utterances.seconds,
+        )
+        order = np.arange(len(self), dtype=np.int32)  # in place, and no more: there may be 10^7
+        random.shuffle(order)
+        for start in range(0, len(order), 50 * self.step):
+            pool = order[start : start + 50 * self.step]
+            pool = pool[np.argsort(seconds[pool], kind="stable")]
+            whole = len(pool) // self.step  # a last step that is not full stays last
+            for i in [*random.permutation(whole), whole]:
+                yield from pool[i * self.step : (i + 1) * self.step].tolist()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python dataset.py train.jsonl")
+    sys.exit(check(sys.argv[1]) > 0)

@@ -6,7 +6,6 @@ the LLM), positions (prompt, speech and target in the LLM's input), n_mels, enco
 
 import json
 import os
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -18,25 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from errors import Refused, refusing
+
 IGNORE = -100  # a label that costs nothing
 FORMAT_VERSION = 1  # of config.json beside a projector
-
-
-class Refused(SystemExit, ValueError):
-    """What the user gave cannot be used: ends a script with one line that says what, where and what to do."""
-
-    def __init__(self, told: str):
-        # a DataLoader's worker tells it once more, behind its traceback
-        super().__init__("error: " + told.rpartition("Refused: error: ")[2].rstrip())
-
-
-@contextmanager
-def refusing(told: str, *errors: type[Exception]):
-    """Turns `errors` into a Refused that says what was `told` and why."""
-    try:
-        yield
-    except errors as error:
-        raise Refused(f"{told}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def encoder_len(frames):
@@ -176,10 +160,11 @@ class SpeechLLM(nn.Module):
         embeddings[speech_mask] = speech[heard].to(embeddings.dtype)
         return embeddings
 
-    def forward(self, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **speech_and_text):
+    def forward(self, labels, num_items_in_batch=None, where=None, faults=None, **speech_and_text):
         """{loss}: cross-entropy of the targets, summed, by `num_items_in_batch`, else by their number.
 
-        labels (batch, positions) and what `embed` takes, padded right, where a causal LLM needs no mask.
+        labels (batch, positions) and what `embed` takes, padded right, where a causal LLM needs no mask;
+        where, faults: of a batch, for messages, not for the LLM.
         """
         embeddings = self.embed(**speech_and_text)
         kept = (labels != IGNORE).any(0).nonzero().squeeze(1)  # positions with a label; none of the prompt
@@ -202,7 +187,7 @@ def load_encoder(name: str) -> Encoder:
 def load_llm(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A causal LLM of transformers, in its checkpoint's dtype unless told otherwise. Raises Refused."""
     with refusing(f"--llm_model_name_or_path {name}: not a causal LLM", OSError, ValueError, SafetensorError):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
 
 
 def fingerprint(encoder: Encoder, llm: PreTrainedModel) -> dict[str, dict]:
@@ -216,9 +201,12 @@ def save_projector(folder: str, state_dict: dict[str, Tensor], config: dict) -> 
     """Writes model.safetensors (the projector alone) and config.json (how to use it) into `folder`."""
     os.makedirs(folder, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+    config_path, path = (os.path.join(folder, name) for name in ("config.json", "model.safetensors"))
+    with open(config_path + ".new", "w", encoding="utf-8") as file:
         json.dump({"format_version": FORMAT_VERSION, **config}, file, ensure_ascii=False, indent=2)
+    save_file(tensors, path + ".new", metadata={"format": "pt"})
+    os.replace(file.name, config_path)
+    os.replace(path + ".new", path)  # so that a killed save leaves what was there before
 
 
 def load_config(path: str) -> tuple[str, dict]:

@@ -4,22 +4,27 @@
     python recognize.py --projector_model_path exp/asr hello.wav
 
 A result has the manifest's lines in order, with `key`, `hyp`, `score` (mean log-probability per token) and
-`seconds`; if named .txt, lines of key<TAB>hyp. `torchrun --nproc_per_node N recognize.py` shares the work.
+`seconds`; if named .txt, lines of key<TAB>hyp. A recording that cannot be read gets an `error` in place of
+`hyp`, and the exit code is 1. What is over 30 s is cut where it is quiet, and its texts are joined.
+`torchrun --nproc_per_node N recognize.py` shares the work. Run again, it goes on where it was stopped.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
-from functools import partial
 
+import numpy as np
 import torch
-from torch import distributed
 from tqdm import tqdm
 
-from beam_search import beam_search
-from dataset import SpeechDataset, collate, load_tokenizer, read_manifest, read_record
-from model import Refused, SpeechLLM, load_config, load_encoder, load_llm, load_projector
+from beam_search import transcribe
+from dataset import Recordings, load_tokenizer
+from errors import Refused
+from manifest import MAX_SECONDS, Utterance, read_manifest, read_record
+from model import SpeechLLM, load_config, load_encoder, load_llm, load_projector
+from resumable import Parts
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,9 +44,33 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.audio) == bool(args.data_path) or bool(args.data_path) != bool(args.result_path):
         parser.error("give either audio files, or --data_path and --result_path")
+    if args.audio and "RANK" in os.environ:
+        parser.error("several processes share a --data_path, not audio files")
     if min(args.num_beams, args.batch_size, 1 if args.max_new_tokens is None else args.max_new_tokens) < 1:
         parser.error("--num_beams, --batch_size and --max_new_tokens must be at least 1")
     return args
+
+
+def in_batches(seconds: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Indices, the longest first, in batches of at most that many, and of 30 s times that, or of one."""
+    batches, total = [], 0.0
+    for index in np.argsort(-seconds, kind="stable").tolist():
+        total += seconds[index]
+        if not batches or len(batches[-1]) == batch_size or total > batch_size * MAX_SECONDS:
+            batches.append([])
+            total = seconds[index]
+        batches[-1].append(index)
+    return batches
+
+
+def as_line(utterance: Utterance, result: dict, txt: bool) -> str:
+    """A line of the result: of .txt, or of .jsonl."""
+    if txt:
+        return f"{utterance.key}\t{' '.join(result.get('hyp', '').split())}"
+    record = {"key": utterance.key, **utterance.record, **result}
+    for name in ("error",) if "hyp" in result else ("hyp", "score"):
+        record.pop(name, None)  # of a manifest that was a result
+    return json.dumps(record, ensure_ascii=False)
 
 
 def main() -> None:
@@ -49,60 +78,65 @@ def main() -> None:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     path, config = load_config(args.projector_model_path)
+    llm_name = args.llm_model_name_or_path or config["llm_model_name_or_path"]
+    whisper_name = args.whisper_model_name_or_path or config["whisper_model_name_or_path"]
     if args.data_path:
         if not os.path.isdir(os.path.dirname(args.result_path) or "."):
             raise Refused(f"--result_path {args.result_path}: no such folder")
-        utterances, seen = read_manifest(args.data_path, needs_target=False), {}
+        utterances, seen = read_manifest(args.data_path, to_train=False), {}
         for key, where in ((utterance.key, utterance.where) for utterance in utterances):
             if seen.setdefault(key, where) != where:
                 raise Refused(f"{where}: the key {key!r} of {seen[key]} again; each result needs its own")
     else:
         utterances = [read_record({"wav": path}, path, "") for path in args.audio]
+    seconds = np.nan_to_num([utterance.seconds for utterance in utterances])
+    batches = in_batches(seconds, args.batch_size)
+    settings = {**vars(args), "llm": llm_name, "whisper": whisper_name, "config": config}
+    for name, file in (("projector", path), ("data", args.data_path or path)):
+        with open(file, "rb") as content:
+            settings[name] = hashlib.file_digest(content, "sha256").hexdigest()
+    parts = Parts(args.result_path, settings, rank) if args.data_path else None
+    done = parts.read() if parts else {}
 
-    encoder = load_encoder(args.whisper_model_name_or_path or config["whisper_model_name_or_path"])
-    llm_name = args.llm_model_name_or_path or config["llm_model_name_or_path"]
+    encoder = load_encoder(whisper_name)
     llm = load_llm(llm_name, args.dtype if args.dtype == "auto" else getattr(torch, args.dtype))
     model = SpeechLLM(encoder, llm, config).to(device)
     load_projector(model, path)
-    tokenizer = load_tokenizer(llm_name)
-    speech_len = model.projector.speech_len
-    dataset = SpeechDataset(utterances, tokenizer, config, speech_len, args.instruction, with_target=False)
-    end_ids = [dataset.end_of_turn_id, *({tokenizer.eos_token_id} - {None, dataset.end_of_turn_id})]
+    speech_len, tokenizer = model.projector.speech_len, load_tokenizer(llm_name)
+    recordings = Recordings(utterances, tokenizer, config, speech_len, instruction=args.instruction)
 
-    seconds = [utterance.seconds for utterance in utterances]
-    order = sorted(range(len(seconds)), key=lambda index: -seconds[index])  # the longest first
-    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)][rank::ranks]
-    pad_left = partial(collate, side="left")
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=pad_left, num_workers=2)
-    results, total = {}, sum(seconds[index] for indices in batches for index in indices)
+    mine = [number for number in range(rank, len(batches), ranks) if number not in done]
+    sampler = [batches[number] for number in mine]
+    loader = torch.utils.data.DataLoader(recordings, batch_sampler=sampler, collate_fn=list, num_workers=2)
+    total = sum(seconds[index] for indices in sampler for index in indices)
     with tqdm(total=total, unit="s of audio", unit_scale=True) as progress:
-        for indices, batch in zip(batches, loader):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            limits = [args.max_new_tokens or 64 + int(25 * seconds[index]) for index in indices]
-            hyps = beam_search(model, batch, limits, end_ids, args.num_beams)
-            for index, (ids, score, cut) in zip(indices, hyps):
-                hyp = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                results[index] = {"hyp": hyp, "score": round(score, 6), "seconds": seconds[index]}
-                if cut:
+        for number, items in zip(mine, loader):
+            done[number] = transcribe(
+                model, recordings, items, args.num_beams, args.batch_size, args.max_new_tokens
+            )
+            for index, result in zip(batches[number], done[number]):
+                if result.pop("cut", False):
                     tqdm.write(f"{utterances[index].where}: cut at its limit of tokens", file=sys.stderr)
-            progress.update(sum(seconds[index] for index in indices))
+                if "hyp" in result:
+                    result["seconds"] = utterances[index].seconds
+            if parts:
+                parts.append(number, done[number])
+            progress.update(sum(seconds[index] for index in batches[number]))
 
-    if ranks > 1:
-        distributed.init_process_group("gloo")
-        shares = [None] * ranks
-        distributed.all_gather_object(shares, results)
-        distributed.destroy_process_group()
-        results = {index: result for share in shares for index, result in share.items()}
-    records = [{"key": u.key, **u.record, **results[index]} for index, u in enumerate(utterances)]
-    names = [record["wav" if args.audio else "key"] for record in records]
-    lines = [f"{name}\t{' '.join(record['hyp'].split())}" for name, record in zip(names, records)]
-    if args.data_path and not args.result_path.endswith(".txt"):
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    if rank == 0 and args.audio:
-        print("\n".join(lines) if len(lines) > 1 else records[0]["hyp"])
-    elif rank == 0:
-        with open(args.result_path, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+    done = parts.read() if parts else done
+    if len(done) < len(batches):
+        return  # the process that is the last to finish writes the result
+    by_index = {index: result for number in done for index, result in zip(batches[number], done[number])}
+    results = [by_index[index] for index in range(len(utterances))]
+    if parts:
+        txt = args.result_path.endswith(".txt")
+        parts.finish([as_line(*told, txt) for told in zip(utterances, results, strict=True)])
+    for utterance, result in zip(utterances, results) if args.audio else ():
+        text = result.get("hyp", "")
+        print(f"{utterance.path}\t{' '.join(text.split())}" if len(results) > 1 else text)
+    failed = [result["error"] for result in results if "error" in result]
+    if failed:
+        raise Refused(f"{len(failed)} of {len(results)} could not be recognised, the first: {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,22 @@ Plain `python train.py ...` does as well. The loss falls, stays on a plateau whi
 and drops. --output_dir gets model.safetensors (the projector) and config.json. Run again, it resumes.
 """
 
-import functools
 import gc
-import glob
-import os
+import multiprocessing
+import signal
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
-from dataset import LengthSampler, SpeechDataset, collate, load_tokenizer, read_manifest, render_prompt
-from model import SpeechLLM, fingerprint, load_encoder, load_llm, save_projector
+from dataset import SpeechDataset, collate, load_tokenizer, render_prompt
+from manifest import MAX_SECONDS, read_manifest
+from model import SpeechLLM, fingerprint, load_encoder, load_llm
+from trainer import ProjectorTrainer, Watch, newest_checkpoint, probe
 
 
 @dataclass
@@ -38,6 +41,7 @@ class DataArguments:
     data_path: str = HfArg(help="Manifest to train on (jsonl: wav, txt).")
     eval_data_path: str | None = HfArg(default=None, help="Manifest for the loss at each --eval_strategy.")
     model_max_length: int = HfArg(default=512, help="Most positions (prompt, speech, target) of an example.")
+    max_bad_audio: float = HfArg(default=0.01, help="Stop if more of the utterances than this share are bad.")
 
 
 @dataclass
@@ -55,38 +59,6 @@ class TrainArguments(TrainingArguments):
         super().__post_init__()
 
 
-class ProjectorTrainer(Trainer):
-    """The Trainer over batches by length, with checkpoints that hold no frozen weight."""
-
-    def _get_train_sampler(self, train_dataset: SpeechDataset | None = None) -> LengthSampler:
-        step = self.args.train_batch_size * self.args.world_size  # all ranks have like lengths in a step
-        return LengthSampler(train_dataset or self.train_dataset, step, self.args.seed)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the projector, whole and in float32 under DeepSpeed too, and its config. For all ranks."""
-        state_dict = self.model.state_dict()
-        if self.is_deepspeed_enabled:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            named = self.model.projector.named_parameters()
-            state_dict = {name: safe_get_full_fp32_param(parameter) for name, parameter in named}
-        if self.args.should_save:
-            save_projector(output_dir or self.args.output_dir, state_dict, self.projector_config)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:  # transformers leaves frozen weights out for PEFT models only
-            save = functools.partial(type(self.deepspeed).save_checkpoint, self.deepspeed)
-            self.deepspeed.save_checkpoint = functools.partial(save, exclude_frozen_parameters=True)
-        super()._save_optimizer_and_scheduler(output_dir)
-
-
-def newest_checkpoint(output_dir: str) -> str | None:
-    """The complete checkpoint of most steps; trainer_state.json is what the Trainer writes last."""
-    states = glob.glob(os.path.join(glob.escape(output_dir), "checkpoint-*", "trainer_state.json"))
-    complete = [path for path in map(os.path.dirname, states) if path.split("-")[-1].isdigit()]
-    return max(complete, key=lambda path: int(path.split("-")[-1]), default=None)
-
-
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
     model_args, data_args, args = parser.parse_args_into_dataclasses()
@@ -102,9 +74,18 @@ def main() -> None:
     config = {**vars(model_args), **fingerprint(encoder, llm), **render_prompt(tokenizer)}
     model = SpeechLLM(encoder, llm, config)
 
+    if args.should_save:
+        probe(args.output_dir, 12 * sum(map(torch.numel, model.projector.parameters())))  # with Adam's two
+    left_out = []
+
     def examples(path: str) -> SpeechDataset:
-        dataset = SpeechDataset(read_manifest(path), tokenizer, config, model.projector.speech_len)
-        dataset.check_positions(data_args.model_max_length)
+        with args.main_process_first():
+            utterances = read_manifest(path)
+        fits = utterances.seconds <= MAX_SECONDS
+        left_out.extend(f"{path}:{line + 1}" for line in np.flatnonzero(~fits))
+        utterances, most = utterances if fits.all() else utterances.keep(fits), data_args.model_max_length
+        dataset = SpeechDataset(utterances, tokenizer, config, model.projector.speech_len, most)
+        dataset.check_positions()
         return dataset
 
     trainer = ProjectorTrainer(
@@ -115,15 +96,33 @@ def main() -> None:
         data_collator=collate,
     )
     trainer.projector_config = config
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or newest_checkpoint(args.output_dir))
-    trainer.save_model()
-    trainer.save_state()
+    trainer.watch = watch = Watch(trainer, data_args.max_bad_audio)
+    trainer.add_callback(watch)
+    checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # Watch looks for it, on all ranks at once
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:  # where that failed, Python would wait for ever for the loader's workers, deaf to SIGTERM too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    terminated = watch.terminated and trainer.state.global_step < trainer.state.max_steps
+    if not terminated:
+        trainer.save_model()
+        trainer.save_state()
+    if args.should_log:
+        print(f"left out, over {MAX_SECONDS} s: {len(left_out)}", *left_out, sep="\n")
+        print(f"replaced by the next utterance: {len(watch.bad)}", *watch.bad, sep="\n")
+        if terminated:
+            print(f"SIGTERM: saved at step {trainer.state.global_step}; the same command goes on from there")
 
     if torch.distributed.is_initialized():  # else two processes abort at exit in about 1 run of 4
-        del trainer, model, llm
+        del trainer, watch, model, llm
         gc.collect()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if terminated:
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ from tqdm import tqdm, trange
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.append(str(Path(__file__).parents[1]))
-from dataset import INSTRUCTION_SLOT, SPEECH_SLOT, read_audio, read_manifest, render_prompt  # noqa: E402
+from dataset import INSTRUCTION_SLOT, SPEECH_SLOT, render_prompt  # noqa: E402
+from manifest import read_audio, read_manifest  # noqa: E402
 from model import IGNORE, Encoder, encoder_len  # noqa: E402
 
 SHIPPED = Path(__file__).parent / "backbones"

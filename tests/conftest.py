@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 torch.set_num_threads(1)  # such small tensors only wait for a second thread
 
@@ -97,6 +100,32 @@ def make_manifest(folder: Path, seconds: list[float], seed: int = 0) -> Path:
     return folder / "data.jsonl"
 
 
+OK = {"wav": "ok.wav", "txt": "yes"}
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder with ok.wav (1 s) and files that are no audio, hold none, or too much."""
+    folder = tmp_path_factory.mktemp("clips")
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    soundfile.write(folder / "ok.wav", noise, 16000)
+    soundfile.write(folder / "long.wav", np.zeros(31 * 8000), 8000)
+    soundfile.write(folder / "no_samples.wav", np.zeros(0), 16000)
+    (folder / "garbage.wav").write_bytes(bytes(range(256)) * 20)
+    (folder / "empty.wav").write_bytes(b"")
+    return folder
+
+
+def lines(folder: Path, *records: dict | str | bytes) -> Path:
+    """A manifest of these records; text and bytes stand in it as they are."""
+    manifest = folder / "manifest.jsonl"
+    with open(manifest, "wb") as file:
+        for record in records:
+            text = json.dumps(record) if isinstance(record, dict) else record
+            file.write((text if isinstance(text, bytes) else text.encode()) + b"\n")
+    return manifest
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
     """A folder with whisper.pt, llm/ and data.jsonl (12 utterances of 0.3 to 3 s)."""
@@ -124,10 +153,10 @@ def run(*command, ok: bool = True, **kwargs) -> str:
 @contextmanager
 def refused(*says: str):
     """What is done in here must be refused, in one line that says all of this."""
-    from model import Refused
+    from errors import Refused
 
     with pytest.raises(Refused) as caught:
-        yield
+        yield caught
     message = str(caught.value)
     assert "\n" not in message and all(said in message for said in says), message
 
@@ -139,12 +168,13 @@ def script(name: str, *args) -> None:
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environ)
 
 
-def ranks(processes: int, log: Path, name: str, *args) -> str:
+def ranks(processes: int, log: Path, name: str, *args, exitcode: int = 0) -> str:
     """What a script prints in that many processes, with torchrun's environment, but forked: a quick start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -160,7 +190,7 @@ def ranks(processes: int, log: Path, name: str, *args) -> str:
     for worker in workers:
         worker.join(timeout=300)
         worker.kill()
-    assert [worker.exitcode for worker in workers] == [0] * processes, log.read_text()[-4000:]
+    assert [worker.exitcode for worker in workers] == [exitcode] * processes, log.read_text()[-4000:]
     return log.read_text()
 
 

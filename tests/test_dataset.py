@@ -2,17 +2,15 @@
 
 import datetime
 import json
-import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 import whisper
-from conftest import CHATML, ROOT, make_manifest, make_tokenizer, refused
+from conftest import CHATML, OK, lines, make_manifest, make_tokenizer, refused
 from tokenizers import processors
 
 from dataset import (
@@ -20,237 +18,14 @@ from dataset import (
     INSTRUCTION_SLOT,
     SPEECH_SLOT,
     LengthSampler,
+    Recordings,
     SpeechDataset,
     collate,
     load_tokenizer,
-    read_audio,
-    read_manifest,
     render_prompt,
 )
+from manifest import read_audio, read_manifest
 from model import IGNORE
-
-# ---- manifest ----
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    """A folder with ok.wav (1 s) and files that are no audio, hold none, or too much."""
-    folder = tmp_path_factory.mktemp("clips")
-    noise = 0.1 * np.random.default_rng(0).standard_normal(16000)
-    soundfile.write(folder / "ok.wav", noise, 16000)
-    soundfile.write(folder / "long.wav", np.zeros(31 * 8000), 8000)
-    soundfile.write(folder / "no_samples.wav", np.zeros(0), 16000)
-    (folder / "garbage.wav").write_bytes(bytes(range(256)) * 20)
-    (folder / "empty.wav").write_bytes(b"")
-    return folder
-
-
-def lines(folder: Path, *records: dict | str | bytes) -> Path:
-    """A manifest of these records; text and bytes stand in it as they are."""
-    manifest = folder / "manifest.jsonl"
-    with open(manifest, "wb") as file:
-        for record in records:
-            text = json.dumps(record) if isinstance(record, dict) else record
-            file.write((text if isinstance(text, bytes) else text.encode()) + b"\n")
-    return manifest
-
-
-OK = {"wav": "ok.wav", "txt": "yes"}
-HUGE = "1" + "0" * 400  # a legal JSON number, and more than a float holds
-BROKEN_LINES = {
-    "no JSON": '{"wav": "ok.wav", ',
-    "blank": "",
-    "not UTF-8": b'{"wav": "ok.wav", "txt": "\xff\xfe"}',
-    "half a surrogate pair": r'{"wav": "ok.wav", "txt": "\ud83d"}',
-    "a list": "[1, 2]",
-    "a string": '"ok.wav"',
-    "no wav": {"txt": "yes"},
-    "wav is null": {"wav": None, "txt": "yes"},
-    "wav is a number": {"wav": 7, "txt": "yes"},
-    "wav is missing": {"wav": "gone.wav", "txt": "yes"},
-    "wav is missing, its length known": {"wav": "gone.wav", "txt": "yes", "duration": 1},
-    "wav is the folder": {"wav": "", "txt": "yes", "duration": 1},
-    "wav is garbage": {"wav": "garbage.wav", "txt": "yes"},
-    "wav is empty": {"wav": "empty.wav", "txt": "yes"},
-    "wav has no samples": {"wav": "no_samples.wav", "txt": "yes"},
-    "31 s": {"wav": "long.wav", "txt": "yes"},
-    "31 s, as it says": {"wav": "long.wav", "txt": "yes", "duration": 31},
-    "no txt": {"wav": "ok.wav"},
-    "txt is empty": {"wav": "ok.wav", "txt": ""},
-    "txt is blank": {"wav": "ok.wav", "txt": " \t"},
-    "txt is null": {"wav": "ok.wav", "txt": None},
-    "txt is a list": {"wav": "ok.wav", "txt": ["yes"]},
-    "key is a number": OK | {"key": 7},
-    "instruction is a number": OK | {"instruction": 7},
-    "target is null": OK | {"target": None},
-    "starts after the end": OK | {"start": 2},
-    **{
-        f"{name} is {value!r}": OK | {"start": 0, "duration": 0.5} | {name: value}
-        for name in ("start", "duration")
-        for value in (-1, float("nan"), float("inf"), "1", True, None, [1])
-    },
-    "duration is 0": OK | {"duration": 0},
-    "start is huge": f'{{"wav": "ok.wav", "txt": "yes", "start": {HUGE}}}',
-    "duration is huge": f'{{"wav": "ok.wav", "txt": "yes", "duration": {HUGE}}}',
-}
-
-
-@pytest.mark.parametrize("line", BROKEN_LINES.values(), ids=BROKEN_LINES)
-def test_a_broken_line_is_refused_by_file_and_line(clips, line):
-    manifest = lines(clips, OK, line, OK)
-    with refused(f"{manifest}:2: "):
-        read_manifest(str(manifest))
-
-
-@pytest.mark.parametrize("content", [None, b"", "folder"])
-def test_a_manifest_that_is_missing_empty_or_a_folder_is_refused(tmp_path, content):
-    path = tmp_path / "data.jsonl"
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    with refused(str(path)):
-        read_manifest(str(path))
-
-
-def test_wav_is_relative_to_its_manifest_or_absolute(clips, tmp_path, monkeypatch):
-    manifest = lines(clips, OK, OK | {"wav": str(clips / "ok.wav")})
-    monkeypatch.chdir(tmp_path)
-    for path in (str(manifest), os.path.relpath(manifest)):
-        assert [os.path.samefile(u.path, clips / "ok.wav") for u in read_manifest(path)] == [True, True]
-
-
-def test_a_record_is_carried_as_it_stands_and_only_its_defaults_are_filled_in(clips):
-    full = OK | {"key": "a/b", "target": "oui", "speaker": {"age": 7}, "start": 0.25, "duration": 0.5}
-    silence = OK | {"target": ""}
-    first, second, third = read_manifest(str(lines(clips, OK, full, silence)))
-    assert [u.record for u in (first, second, third)] == [OK, full, silence]
-    assert [u.key for u in (first, second, third)] == ["ok", "a/b", "ok"]
-    assert [u.target for u in (first, second, third)] == ["yes", "oui", ""]
-    assert [u.seconds for u in (first, second, third)] == [1.0, 0.5, 1.0]
-
-
-def test_recognition_needs_no_txt(clips):
-    (utterance,) = read_manifest(str(lines(clips, {"wav": "ok.wav"})), needs_target=False)
-    assert utterance.key == "ok"
-
-
-# ---- audio ----
-
-
-def heard(path: Path, **record) -> np.ndarray:
-    """The waveform of a record of this file."""
-    manifest = path.parent / "one.jsonl"
-    manifest.write_text(json.dumps({"wav": path.name, "txt": "a", **record}))
-    return read_audio(*read_manifest(str(manifest)))
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
-@pytest.mark.parametrize("container", ["wav", "flac", "ogg", "mp3"])
-def test_any_container_rate_and_channels_give_the_same_waveform(tmp_path, container, rate, channels):
-    tone, seconds = 1000.0, 1.5
-    sine = np.sin(2 * np.pi * tone * np.arange(int(seconds * rate)) / rate)
-    samples = np.stack([0.4 * sine, 0.2 * sine], axis=1) if channels == 2 else 0.3 * sine
-    soundfile.write(tmp_path / f"a.{container}", samples, rate)
-
-    waveform = heard(tmp_path / f"a.{container}")
-    assert waveform.dtype == np.float32 and waveform.ndim == 1
-    assert abs(len(waveform) - seconds * 16000) <= 1600  # the 0.1 s that a known duration may be off
-    middle = waveform[4000:20000]  # one second, so that a bin of the spectrum is 1 Hz
-    spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle))))
-    assert spectrum.argmax() == tone
-    assert abs(20 * np.log10(np.sqrt(2 * (middle**2).mean()) / 0.3)) < 1  # dB
-    if container in ("wav", "flac"):  # lossless: in phase with a sine that was never resampled
-        expected = 0.3 * np.sin(2 * np.pi * tone * np.arange(4000, 20000) / 16000)
-        np.testing.assert_allclose(middle, expected, atol=1e-3)
-
-
-@pytest.mark.parametrize("start, duration", [(0, 0.5), (0.25, 0.5), (0.123, 1.877), (1.5, None), (0, None)])
-def test_start_and_duration_cut_to_the_sample(tmp_path, start, duration):
-    samples = np.random.default_rng(0).uniform(-1, 1, 2 * 16000).astype(np.float32)
-    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
-    record = {"start": start} if duration is None else {"start": start, "duration": duration}
-    first = round(start * 16000)
-    last = len(samples) if duration is None else first + round(duration * 16000)
-    np.testing.assert_array_equal(heard(tmp_path / "a.wav", **record), samples[first:last])
-
-
-@pytest.mark.parametrize("rate", [8000, 22050, 48000])
-def test_a_part_is_what_the_whole_holds_there(tmp_path, rate):
-    time = np.arange(2 * rate) / rate
-    soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * (200 + 400 * time) * time), rate)
-    whole, part = heard(tmp_path / "a.wav"), heard(tmp_path / "a.wav", start=0.5, duration=1)
-    assert len(part) == 16000
-    np.testing.assert_allclose(part[800:-800], whole[8000 + 800 : 24000 - 800], atol=1e-2)
-
-
-def broken_audio(path: Path, how: str) -> dict:
-    """Writes a file that soundfile opens, and yet must not be trained on; returns what its record knows."""
-    samples = 0.1 * np.random.default_rng(0).standard_normal(3 * 16000)
-    if how in ("NaN", "infinite"):
-        samples[20000] = float("nan" if how == "NaN" else "inf")
-    if how == "short":
-        samples = samples[:200]  # one fewer than log_mel_spectrogram can reflect at its ends
-    soundfile.write(path, samples, 16000, subtype="FLOAT")
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return {
-        "truncated": {"duration": 3.0},
-        "longer than said": {"duration": 2.5},
-        "a part past the end": {"start": 2, "duration": 2},
-        "start past the end": {"start": 4, "duration": 2},
-    }.get(how, {})
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "NaN",
-        "infinite",
-        "short",
-        "truncated",
-        "longer than said",
-        "a part past the end",
-        "start past the end",
-        "vanished",
-    ],
-)
-def test_audio_that_is_not_what_it_should_be_is_refused_by_line_and_file(tmp_path, how):
-    path = tmp_path / "a.wav"
-    record = broken_audio(path, how)
-    (utterance,) = read_manifest(str(lines(tmp_path, {"wav": path.name, "txt": "a", **record})))
-    if how == "vanished":
-        path.unlink()
-    with refused("manifest.jsonl:1: ", str(path)):
-        read_audio(utterance)
-
-
-def test_a_worker_refuses_in_one_line_too(tmp_path):
-    broken_audio(tmp_path / "a.wav", "NaN")
-    examples = make_examples(read_manifest(str(lines(tmp_path, {"wav": "a.wav", "txt": "a"}))))
-    with refused("manifest.jsonl:1: "):
-        next(iter(torch.utils.data.DataLoader(examples, num_workers=1)))
-
-
-def test_the_shortest_audio_that_whisper_takes_is_201_samples(tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.full(201, 0.1), 16000)
-    waveform = heard(tmp_path / "a.wav")
-    assert whisper.log_mel_spectrogram(torch.from_numpy(waveform)).shape == (80, 1)
-
-
-@pytest.mark.parametrize("window", ["utterance", "30s"])
-def test_audio_of_30_s_is_whole_and_what_is_longer_than_whisper_hears_is_refused(tmp_path, window):
-    """A known duration may be off by 0.1 s: that must not carry a file over Whisper's 1500 positions."""
-    noise = 0.1 * np.random.default_rng(0).standard_normal(482000)
-    soundfile.write(tmp_path / "whole.wav", noise[:480000], 16000)
-    soundfile.write(tmp_path / "over.wav", noise[:480800], 16000)
-    records = [{"wav": name, "txt": "a", "duration": 30} for name in ("whole.wav", "over.wav")]
-    examples = make_examples(read_manifest(str(lines(tmp_path, *records))), window=window)
-    assert examples[0]["mel"].shape == (80, 3000) and examples[0]["frames"] == 3000
-    with refused("manifest.jsonl:2: "):
-        examples[1]
-
 
 # ---- prompt ----
 
@@ -329,12 +104,14 @@ def make_family(family: str, adds_bos: bool = True):
     return tokenizer
 
 
-def make_examples(utterances=(), tokenizer=None, window="utterance", n_mels=80, prompt=None, **kwargs):
-    """A SpeechDataset with a speech vector for every ten frames."""
+def make_examples(
+    utterances=(), tokenizer=None, window="utterance", n_mels=80, prompt=None, kind=SpeechDataset, **kwargs
+):
+    """A SpeechDataset, or another kind, with a speech vector for every ten frames."""
     tokenizer = tokenizer or make_tokenizer()
     config = {"encoder_dims": {"n_mels": n_mels}, "encoder_window": window}
     config |= prompt or render_prompt(tokenizer)
-    return SpeechDataset(list(utterances), tokenizer, config, speech_len, **kwargs)
+    return kind(utterances, tokenizer, config, speech_len, **kwargs)
 
 
 def speech_len(frames: int) -> int:
@@ -359,7 +136,7 @@ def test_ids_hold_one_bos_at_most_and_where_the_llm_expects_one(clips, family, a
     tokenizer = make_family(family, adds_bos)
     bos = FAMILIES[family][1]
     utterances = read_manifest(str(lines(clips, OK)))
-    ids = make_examples(utterances, tokenizer, with_target=False)[0]["input_ids"].tolist()
+    ids = make_examples(utterances, tokenizer, kind=Recordings)[0][0][0]["input_ids"].tolist()
     wanted = bos is not None and (
         adds_bos or FAMILIES[family][0] is not None and "bos_token" in FAMILIES[family][0]
     )
@@ -445,12 +222,12 @@ def test_input_is_prompt_speech_and_target_and_labels_are_the_target_and_its_end
 
 def test_generation_is_given_the_prompt_alone(spoken):
     utterances = read_manifest(str(spoken))
-    to_train, to_generate = make_examples(utterances), make_examples(utterances, with_target=False)
+    to_train, to_generate = make_examples(utterances), make_examples(utterances, kind=Recordings)
     for i in range(len(TEXTS)):
-        given, prompt_len = to_generate[i], int((to_train[i]["labels"] == IGNORE).sum())
+        ((given,), error), prompt_len = to_generate[i], int((to_train[i]["labels"] == IGNORE).sum())
         assert torch.equal(given["input_ids"], to_train[i]["input_ids"][:prompt_len])
         assert torch.equal(given["speech_mask"], to_train[i]["speech_mask"][:prompt_len])
-        assert given["attention_mask"].tolist() == [1] * prompt_len
+        assert given["attention_mask"].tolist() == [1] * prompt_len and error is None
 
 
 @pytest.mark.parametrize("own", [None, "Translate into French."])
@@ -467,9 +244,11 @@ def test_an_example_may_take_all_positions_and_not_one_more(spoken):
     examples = make_examples(read_manifest(str(spoken)))
     positions = [len(examples[i]["input_ids"]) for i in range(len(TEXTS))]
     longest = positions.index(max(positions))
-    examples.check_positions(max(positions))
+    examples.most = max(positions)
+    examples.check_positions()
+    examples.most -= 1
     with refused(f"{spoken}:{longest + 1}: ", "--model_max_length"):
-        examples.check_positions(max(positions) - 1)
+        examples.check_positions()
 
 
 @pytest.mark.parametrize("n_mels", [80, 128])
@@ -492,8 +271,8 @@ def test_mel_is_whispers_own_of_each_utterance_alone(spoken, window, n_mels):
 @pytest.mark.parametrize("with_target", [True, False])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collate_pads_text_at_the_side_asked_for_and_changes_nothing_else(spoken, side, with_target):
-    examples = make_examples(read_manifest(str(spoken)), with_target=with_target)
-    examples = [examples[i] for i in range(len(TEXTS))]
+    examples = make_examples(read_manifest(str(spoken)), kind=SpeechDataset if with_target else Recordings)
+    examples = [examples[i] if with_target else examples[i][0][0] for i in range(len(TEXTS))]
     batch = collate(examples, side=side)
     padding = {"input_ids": 0, "speech_mask": 0, "labels": IGNORE, "attention_mask": 0}
     assert set(batch) == set(examples[0])
@@ -514,10 +293,18 @@ def test_examples_travel_to_workers_of_any_start_method(spoken):
 # ---- batches by length ----
 
 
+class Lengths(list):
+    """Seconds of utterances, as a Manifest has them."""
+
+    @property
+    def seconds(self) -> np.ndarray:
+        return np.array(self, np.float32)
+
+
 def aishell_like(utterances: int, seed: int = 0) -> SimpleNamespace:
     """What the sampler sees of a data set with AISHELL's lengths."""
     seconds = np.random.default_rng(seed).normal(4.5, 1.4, utterances).clip(1, 15)
-    return SimpleNamespace(utterances=[SimpleNamespace(seconds=length) for length in seconds], epoch=0)
+    return SimpleNamespace(utterances=Lengths(seconds), epoch=0)
 
 
 def steps(dataset, step: int, seed: int = 0) -> list[list[int]]:
@@ -527,7 +314,7 @@ def steps(dataset, step: int, seed: int = 0) -> list[list[int]]:
 
 def padding_share(dataset, batches: list[list[int]]) -> float:
     """How much of what a GPU computes is padding, where each batch is as long as its longest."""
-    seconds = np.array([utterance.seconds for utterance in dataset.utterances])
+    seconds = dataset.utterances.seconds
     return 1 - seconds.sum() / sum(seconds[batch].max() * len(batch) for batch in batches)
 
 
@@ -576,7 +363,7 @@ def test_padding_is_under_5_percent_within_a_step_of_all_ranks(ranks):
 
 def test_long_and_short_steps_are_mixed():
     dataset = aishell_like(5000)
-    means = [np.mean([dataset.utterances[i].seconds for i in step]) for step in steps(dataset, 8)[:-1]]
+    means = [dataset.utterances.seconds[step].mean() for step in steps(dataset, 8)[:-1]]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # sorted, it is near 1
 
 
@@ -590,24 +377,3 @@ def test_only_the_last_step_is_not_full():
     for dataset.epoch in range(3):
         lasts.add(tuple(steps(dataset, 8)[-1]))
     assert len(lasts) == 3
-
-
-# ---- real recordings ----
-
-SHARED = Path(os.environ.get("EARS_DATA", ROOT.parent / "shared" / "data"))
-REAL = ["fsdd/test", "fsdd/train", "an4/all", "librispeech/all", "ljspeech/all", "aishell3/all"]
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_real_recordings_are_heard_whole(name):
-    manifest = SHARED / f"{name}.jsonl"
-    if not manifest.is_file():
-        pytest.skip(f"no recordings at {manifest}; set EARS_DATA to their folder")
-    utterances = read_manifest(str(manifest))
-    with open(manifest, encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    assert [utterance.record for utterance in utterances] == records
-    for utterance, record in zip(utterances, records):
-        waveform = read_audio(utterance)
-        assert np.isfinite(waveform).all() and np.abs(waveform).max() > 0.001
-        assert abs(len(waveform) / 16000 - record["duration"]) <= 0.1

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from beam_search import beam_search
-from dataset import SpeechDataset, collate, load_tokenizer, read_audio, read_manifest, render_prompt
+from dataset import Recordings, SpeechDataset, collate, load_tokenizer, render_prompt
+from manifest import read_audio, read_manifest
 from model import (
     IGNORE,
     Encoder,
@@ -80,8 +81,8 @@ def build(folder):
         model = SpeechLLM(encoder, llm, config)
         utterances, speech_len = read_manifest(str(folder / "data.jsonl")), model.projector.speech_len
         to_train = SpeechDataset(utterances, tokenizer, config, speech_len)
-        to_generate = SpeechDataset(utterances, tokenizer, config, speech_len, with_target=False)
-        return model, list(map(to_train.__getitem__, range(8))), list(map(to_generate.__getitem__, range(8)))
+        to_generate = Recordings(utterances, tokenizer, config, speech_len)
+        return model, [to_train[i] for i in range(8)], [to_generate[i][0][0] for i in range(8)]
 
     return build
 
@@ -191,7 +192,7 @@ def test_features_and_speech_of_eight_equal_eight_singles(build, window):
     batch = collate(examples)
     assert batch["frames"].tolist() == LENGTHS
     encoded = model.encode(batch["mel"], batch["frames"])
-    batch.pop("labels")
+    batch = {name: batch[name] for name in ("mel", "frames", "input_ids", "speech_mask")}
     speech, embeddings = model.projector(encoded), model.embed(**batch)
     for i, example in enumerate(examples):
         alone = model.encode(example["mel"][None], example["frames"][None])[0]

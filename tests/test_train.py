@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import resource
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, make_llm, make_manifest, make_whisper, ranks, refused, run, script
+from conftest import ROOT, make_llm, make_manifest, make_tokenizer, make_whisper, ranks, refused, run, script
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import model
 import train
+from trainer import Watch, newest_checkpoint
 
 WEST = """
     torchrun --standalone --nnodes=1 --nproc_per_node=8 train.py \
@@ -211,14 +213,16 @@ def test_resume_equals_uninterrupted(uninterrupted, wide, tmp_path, how):
     assert logged(stopped, "loss") == logged(whole, "loss")
 
 
-def test_resume_takes_the_complete_checkpoint_of_most_steps(tmp_path):
-    assert train.newest_checkpoint(str(tmp_path / "none")) is None
-    for steps in (5, 10, 15):
+def test_resume_takes_the_complete_checkpoint_of_most_steps_and_names_others(tmp_path, capsys):
+    assert newest_checkpoint(str(tmp_path / "none")) is None
+    for steps, state in ((5, "{}"), (10, '{"epoch": 1}'), (15, '{"epoch": '), (20, None)):
         (tmp_path / f"checkpoint-{steps}").mkdir()
-        if steps < 15:
-            (tmp_path / f"checkpoint-{steps}" / "trainer_state.json").touch()
-    shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "checkpoint-10-good")
-    assert train.newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+        if state:
+            (tmp_path / f"checkpoint-{steps}" / "trainer_state.json").write_text(state)
+    shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "checkpoint-30-good")
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    told = [f"{tmp_path}/checkpoint-{steps}: not complete, passed over\n" for steps in (20, 15)]
+    assert capsys.readouterr().out == "".join(told)
 
 
 def test_a_finished_run_run_again_changes_nothing(uninterrupted, wide, tmp_path):
@@ -294,13 +298,170 @@ def test_the_frozen_llm_does_not_drop_out(toy, tmp_path, flags):
     assert_close(train_here(dropping, tmp_path / "a", *flags), train_here(toy, tmp_path / "b", *flags))
 
 
-def test_a_loss_of_nan_is_seen(toy, tmp_path):
+# What must not happen in silence
+
+
+def write_nan(path: Path) -> None:
+    samples = torch.zeros(8000)
+    samples[4000] = float("nan")
+    soundfile.write(path, samples.numpy(), 16000, subtype="FLOAT")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def poisoned(toy, tmp_path_factory) -> Path:
+    """toy with an LLM for which the letter z is NaN, and with a z in line 6 alone."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    make_llm(folder / "llm", tie_word_embeddings=False)
+    tensors = load_file(folder / "llm" / "model.safetensors")
+    tensors["model.embed_tokens.weight"][make_tokenizer()("z").input_ids] = float("nan")
+    save_file(tensors, folder / "llm" / "model.safetensors", {"format": "pt"})
+    shutil.copy(toy / "whisper.pt", folder)
+    manifest = make_manifest(folder, [0.5] * 12)
+    lines = manifest.read_text().splitlines()
+    lines[5] = json.dumps({"wav": "5.wav", "txt": "a z a"})
+    manifest.write_text("\n".join(lines))
+    return folder
+
+
+def stopped(how: str, folder: Path, out: Path, *flags) -> str:
+    """What a run that must fail says last."""
+    flags = [*data(folder, out), *FLAGS, *flags]
+    if how == "plain":
+        with refused() as caught:
+            script("train.py", *flags)
+        return str(caught.value)
+    processes, zero3 = int(how[-1]), ZERO3 if how.startswith("zero3") else ()
+    told = ranks(processes, out.parent / "log.txt", "train.py", *flags, *zero3, exitcode=1)
+    return [line for line in told.splitlines() if line.startswith("error: ")][-1]
+
+
+@pytest.mark.parametrize("how", ["plain", "zero3-1", pytest.param("ddp-2", marks=needs_compiler)])
+def test_nan_stops_the_run_at_its_step_and_names_the_utterances(poisoned, tmp_path, how):
+    out = tmp_path / "exp"
+    flags = ("--per_device_train_batch_size", 1, "--num_train_epochs", 1, "--save_steps", 1)
+    told = stopped(how, poisoned, out, *flags)
+    step = int(re.search(r"step (\d+): NaN or infinity in loss or gradient; ", told)[1])
+    assert re.findall(r"data.jsonl:\d+", told) == ["data.jsonl:6"]
+    last = str(out / f"checkpoint-{step - 1}")
+    assert newest_checkpoint(str(out)) == (last if step > 1 else None)
+    before = contents(out)
+    if how == "plain":  # the next run comes to the same step, and to the same end
+        assert stopped(how, poisoned, out, *flags) == told
+    assert contents(out) == before
+    assert not (out / "model.safetensors").exists()
+    for path in out.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("how", ["plain", pytest.param("ddp-2", marks=needs_compiler)])
+def test_an_infinite_gradient_under_a_good_loss_stops_the_run_too(toy, tmp_path, monkeypatch, how):
+    """The norm of the LLM is so big that the gradient overflows float32, and the loss does not."""
     shutil.copytree(toy / "llm", tmp_path / "llm")
     tensors = load_file(toy / "llm" / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")
+    for name in tensors:
+        if "norm" in name:
+            tensors[name] *= 1e12
     save_file(tensors, tmp_path / "llm" / "model.safetensors", {"format": "pt"})
-    out = train_here(toy, tmp_path / "exp", "--llm_model_name_or_path", tmp_path / "llm", "--max_steps", "2")
-    assert all(map(math.isnan, logged(out, "loss"))) and len(logged(out, "loss")) == 2
+    flags = ("--llm_model_name_or_path", tmp_path / "llm")
+    assert "step 1: NaN or infinity" in stopped(how, toy, tmp_path / "exp", *flags)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_audio_is_replaced_named_once_and_counted(toy, tmp_path, capfd, workers):
+    manifest = make_manifest(tmp_path, [0.5] * 8)
+    write_nan(tmp_path / "1.wav")
+    (tmp_path / "6.wav").write_bytes((tmp_path / "6.wav").read_bytes()[:9000])
+    flags = ("--data_path", manifest, "--dataloader_num_workers", workers, "--num_train_epochs", 3)
+    out = train_here(toy, tmp_path / "exp", *flags, "--max_bad_audio", 0.25)
+    told = capfd.readouterr().out
+    for line, name in ((2, "1.wav"), (7, "6.wav")):
+        assert told.count(f"'bad_audio': '{manifest}:{line}: {tmp_path / name}: ") == 1
+        assert told.partition("replaced by the next utterance: 2\n")[2].count(f"{manifest}:{line}: ") == 1
+    assert len(logged(out, "loss")) == 6  # as many steps as without them
+
+    good = [json.loads(line) for line in manifest.read_text().splitlines()]
+    good = "".join(json.dumps(good[i]) + "\n" for i in (0, 2, 2, 3, 4, 5, 7, 7))
+    (tmp_path / "good.jsonl").write_text(good)
+    assert logged(
+        train_here(toy, tmp_path / "b", *flags, "--data_path", tmp_path / "good.jsonl"), "loss"
+    ) == (logged(out, "loss"))
+
+
+@pytest.mark.parametrize("how", ["plain", pytest.param("2", marks=needs_compiler)])
+def test_more_bad_audio_than_allowed_stops_the_run_with_the_list(toy, tmp_path, capfd, how):
+    manifest = make_manifest(tmp_path, [0.5] * 8)
+    for i in (1, 6):
+        write_nan(tmp_path / f"{i}.wav")
+    flags = [*data(toy, tmp_path / "exp"), *FLAGS, "--data_path", manifest, "--max_bad_audio", 0.2]
+    if how == "plain":
+        with refused("2 of 8 utterances are bad", "--max_bad_audio 0.2"):
+            script("train.py", *flags)
+        told = capfd.readouterr().out
+    else:
+        told = ranks(2, tmp_path / "log.txt", "train.py", *flags, exitcode=1)
+    told = [line for line in told.splitlines() if not line.startswith("{")]
+    assert {f"{manifest}:{line}" for line in (2, 7)} <= {line[: len(f"{manifest}:2")] for line in told}
+
+
+def test_what_was_bad_before_a_resume_is_in_the_summary_after_it(toy, tmp_path, capfd):
+    manifest = make_manifest(tmp_path, [0.5] * 8)
+    write_nan(tmp_path / "1.wav")
+    flags = ("--data_path", manifest, "--max_bad_audio", 0.2, "--save_steps", 1, "--num_train_epochs", 1)
+    out = train_here(toy, tmp_path / "exp", *flags)
+    capfd.readouterr()
+    train_here(toy, out, *flags)  # there is no step left to do
+    assert f"replaced by the next utterance: 1\n{manifest}:2: " in capfd.readouterr().out
+
+
+def test_what_is_over_30_s_is_left_out_counted_and_named(toy, tmp_path, capfd):
+    manifest = make_manifest(tmp_path, [0.5, 31, 0.6, 30])
+    out = train_here(toy, tmp_path / "exp", "--data_path", manifest, "--model_max_length", 700)
+    assert f"left out, over 30 s: 1\n{manifest}:2\n" in capfd.readouterr().out
+    assert len(logged(out, "loss")) == 4  # epochs, of three utterances
+
+
+def test_a_run_that_could_not_save_is_refused_before_its_first_step(toy, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", Path("/proc/ears")):
+        with refused(f"--output_dir {folder}: no checkpoint of "):
+            train_here(toy, folder)
+
+
+def limit_file_size(size: int) -> None:
+    """As a disk that gets full: writing more than that into a file fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_is_found_before_the_first_step(toy, tmp_path):
+    flags = [*data(toy, tmp_path / "exp"), *FLAGS]
+    told = run("train.py", *flags, ok=False, preexec_fn=lambda: limit_file_size(20_000))
+    assert told.splitlines()[-1].startswith(f"error: --output_dir {tmp_path / 'exp'}: no checkpoint of ")
+    assert "Traceback" not in told and "'loss'" not in told
+
+
+@pytest.mark.parametrize("size", [20_000, 60_000], ids=["in the projector", "in the optimizer"])
+def test_a_disk_that_gets_full_leaves_the_last_checkpoint(toy, tmp_path, monkeypatch, size):
+    check = Watch.on_pre_optimizer_step
+
+    def fill(self, args, state, *rest, **kwargs):
+        check(self, args, state, *rest, **kwargs)
+        if state.global_step == 2:
+            limit_file_size(size)
+
+    monkeypatch.setattr(Watch, "on_pre_optimizer_step", fill)
+    try:
+        with refused(f"{tmp_path / 'checkpoint-3'}: not saved", "MB are free"):
+            train_here(toy, tmp_path, "--save_steps", 1)
+    finally:
+        limit_file_size(resource.RLIM_INFINITY)
+    monkeypatch.undo()
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    whole = train_here(toy, tmp_path / "whole")
+    assert_close(train_here(toy, tmp_path, "--save_steps", 1), whole)  # it goes on from step 2
 
 
 # Flags
@@ -413,16 +574,6 @@ def test_a_wrong_line_of_a_manifest_is_refused(toy, tmp_path, line, says):
     manifest.write_text(manifest.read_text() + line + "\n")
     with refused(f"{manifest}:3", says):
         train_here(toy, tmp_path / "exp", "--data_path", manifest)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_audio_found_wrong_on_the_way_is_one_line(toy, tmp_path, workers):
-    manifest = make_manifest(tmp_path, [0.5, 0.6])
-    samples = torch.zeros(8000)
-    samples[4000] = float("nan")
-    soundfile.write(tmp_path / "1.wav", samples.numpy(), 16000, subtype="FLOAT")
-    with refused(f"{manifest}:2", "1.wav"):
-        train_here(toy, tmp_path / "exp", "--data_path", manifest, "--dataloader_num_workers", workers)
 
 
 def test_a_refused_run_ends_with_one_line_and_an_exit_code(toy, tmp_path):

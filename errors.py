@@ -1,0 +1,21 @@
+"""Errors that are the user's to mend: one line each that says what, where and what to do."""
+
+from contextlib import contextmanager
+
+
+class Refused(SystemExit, ValueError):
+    """What the user gave cannot be used: ends a script with one line that says what, where and what to do."""
+
+    def __init__(self, told: str):
+        # a DataLoader's worker tells it once more, behind its traceback
+        self.told = told.rpartition("Refused: error: ")[2].rstrip()
+        super().__init__("error: " + self.told)
+
+
+@contextmanager
+def refusing(told: str, *errors: type[Exception]):
+    """Turns `errors` into a Refused that says what was `told` and why."""
+    try:
+        yield
+    except errors as error:
+        raise Refused(f"{told}: {type(error).__name__}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,125 @@
+"""The Trainer of transformers, made fit for a week alone: its checkpoints, and what ends it on all ranks."""
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import tempfile
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+
+from dataset import LengthSampler, SpeechDataset
+from errors import Refused, refusing
+from model import save_projector
+
+
+class Watch(TrainerCallback):
+    """What one rank meets, all know before the optimizer's next step, so that they go on or stop as one."""
+
+    def __init__(self, trainer: Trainer, max_bad_audio: float):
+        self.trainer, self.max_bad_audio, self.terminated = trainer, max_bad_audio, False
+        self.met = []  # of each batch since the last step: where its utterances stand, faults, loss
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bad = [entry["bad_audio"] for entry in state.log_history if "bad_audio" in entry]
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        trainer, step, total = self.trainer, state.global_step + 1, len(self.trainer.train_dataset)
+        if trainer.is_deepspeed_enabled:
+            norm = trainer.deepspeed.get_global_grad_norm()
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.projector.parameters()])
+        terminated, finite = signal.SIGTERM in signal.sigpending(), math.isfinite(norm)
+        met = [(where, faults, loss.isfinite().item()) for where, faults, loss in self.met]
+        ranks = gather_object([(terminated, finite, met)])  # takes 1 ms
+        met, self.met = [batch for _, _, batches in ranks for batch in batches], []
+
+        for fault in sorted({fault for _, faults, _ in met for fault in faults} - set(self.bad)):
+            self.bad.append(fault)
+            trainer.log({"bad_audio": fault})  # what is logged is in the checkpoints too
+        if len(self.bad) > self.max_bad_audio * total:
+            if state.is_world_process_zero:
+                print(*self.bad, sep="\n", flush=True)
+            over = f"more than --max_bad_audio {self.max_bad_audio}"
+            raise Refused(f"step {step}: {len(self.bad)} of {total} utterances are bad, {over}: see above")
+        if not all(finite and all(good for *_, good in batches) for _, finite, batches in ranks):
+            lost = [batch for batch in met if not batch[2]] or met
+            given = ", ".join(place for where, *_ in lost for place in where)
+            raise Refused(f"step {step}: NaN or infinity in loss or gradient; not saved; given {given}")
+        if any(terminated for terminated, *_ in ranks):
+            self.terminated = control.should_save = control.should_training_stop = True
+
+
+class ProjectorTrainer(Trainer):
+    """The Trainer over batches by length, with checkpoints that hold no frozen weight."""
+
+    def _get_train_sampler(self, train_dataset: SpeechDataset | None = None) -> LengthSampler:
+        step = self.args.train_batch_size * self.args.world_size  # all ranks have like lengths in a step
+        return LengthSampler(train_dataset or self.train_dataset, step, self.args.seed)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training:
+            self.watch.met.append((inputs["where"], sum(inputs["faults"], []), loss.detach()))
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the projector, whole and in float32 under DeepSpeed too, and its config. For all ranks."""
+        state_dict = self.model.state_dict()
+        if self.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            named = self.model.projector.named_parameters()
+            state_dict = {name: safe_get_full_fp32_param(parameter) for name, parameter in named}
+        if self.args.should_save:
+            save_projector(output_dir or self.args.output_dir, state_dict, self.projector_config)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save and os.path.exists(state := os.path.join(folder, "trainer_state.json")):
+            os.remove(state)  # of another run; what has one is complete
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(self.args.output_dir).free / 1e6  # torch does not say that it was full
+            raise Refused(
+                f"{folder}: not saved, what was saved stays; {free:.0f} MB are free; {error}"
+            ) from error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:  # transformers leaves frozen weights out for PEFT models only
+            save = functools.partial(type(self.deepspeed).save_checkpoint, self.deepspeed)
+            self.deepspeed.save_checkpoint = functools.partial(save, exclude_frozen_parameters=True)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what comes last, trainer_state.json, makes it complete
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The complete checkpoint of most steps: trainer_state.json is what the Trainer writes last."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
+    for folder in (os.path.join(output_dir, f"checkpoint-{step}") for step in reversed(steps)):
+        try:
+            with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
+                json.load(file)
+            return folder
+        except (OSError, ValueError):
+            print(f"{folder}: not complete, passed over", flush=True)
+    return None
+
+
+def probe(output_dir: str, size: int) -> None:
+    """Raises Refused unless a checkpoint of `size` bytes can be written."""
+    with refusing(f"--output_dir {output_dir}: no checkpoint of {size / 1e6:.1f} MB can be saved", OSError):
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(bytes(size))
