@@ -1,26 +1,48 @@
-"""Batches of speech -> text: the beam search of transformers, with a limit of its own for each utterance."""
+"""Batches of speech -> text: a beam search whose beams share one key/value cache.
+
+The beams of an utterance are positions of one row, not rows: a tree grows behind the prompt, and a mask shows
+each beam its own branch. So nothing in the cache is copied for each beam, or reordered. In float32 it finds
+what `generate` of transformers does (length_penalty=1, early_stopping=False), token for token.
+
+Legend: batch (utterances still searched), beams (1 at the root, then num_beams), cached (keys in the cache).
+"""
+
+import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from dataset import Recordings, collate
+from errors import Refused
 from model import SpeechLLM
 
 
-class EndAtLimit(LogitsProcessor):
-    """Ends each utterance at its own limit of tokens, whatever the others in the batch need."""
+class Search:
+    """One utterance: the tokens of each beam; finished hypotheses (rank, mean log-probability, tokens)."""
 
-    def __init__(self, limits: Tensor, end_id: int):
-        self.limits, self.end_id = limits, end_id  # limits (batch,)
+    def __init__(self, num_beams: int):
+        self.num_beams, self.beams, self.finished = num_beams, [[]], []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids (batch x beams, tokens so far), scores (batch x beams, vocabulary) -> scores."""
-        over = self.limits.repeat_interleave(len(scores) // len(self.limits)) <= input_ids.shape[1]
-        scores = scores.masked_fill(over[:, None], float("-inf"))
-        scores[over, self.end_id] = 0.0
-        return scores
+    def step(
+        self, candidates: list[tuple[float, float, int, int]], going: list[int], end_ids: list[int]
+    ) -> bool:
+        """Whether the search goes on. The beams become those candidates that are `going`, the best first.
+
+        candidates: sum of log-probabilities to rank by, the true one, beam, token; the best first. Only the
+        best num_beams of them may end. It is over once that many have and the best beam, by its present mean,
+        is no better than the worst of those; with one beam, once that ends.
+        """
+        length = len(self.beams[0]) + 1
+        for rank, true, beam, token in candidates[: self.num_beams]:
+            if token in end_ids:
+                self.finished.append((rank / length, true / length, self.beams[beam]))
+        self.finished = sorted(self.finished, key=lambda hyp: -hyp[0])[: self.num_beams]
+        self.beams = [self.beams[candidates[place][2]] + [candidates[place][3]] for place in going]
+        if not going or len(self.finished) < self.num_beams:
+            return bool(going)
+        return self.num_beams > 1 and candidates[going[0]][0] / length > self.finished[-1][0]
 
 
 @torch.no_grad()
@@ -31,38 +53,63 @@ def beam_search(
 
     batch: as `collate` makes it, padded left; limits: the most tokens of each utterance; end_ids: tokens that
     end a hypothesis, counted in the mean. The text of an utterance does not depend on the others (float32).
+    Raises Refused once a layer of the LLM cannot attend to all positions: it recurs, or its window is full.
     """
-    limits = torch.tensor(limits, device=batch["frames"].device)
-    config = GenerationConfig(
-        num_beams=num_beams,
-        max_new_tokens=int(limits.max()) + 1,
-        eos_token_id=end_ids,
-        pad_token_id=end_ids[0],
-    )
-    attention_mask = batch["attention_mask"]
+    llm, attention_mask = model.llm, batch["attention_mask"]
     embeddings = model.embed(**{name: batch[name] for name in batch if name != "attention_mask"})
-    hyps = model.llm.generate(
-        inputs_embeds=embeddings,
-        attention_mask=attention_mask,
-        generation_config=config,
-        logits_processor=[EndAtLimit(limits, end_ids[0])],
-    )  # (batch, new tokens)
+    device, dtype = embeddings.device, embeddings.dtype
+    layers = DynamicCache(config=llm.config).layers
+    windows = [getattr(layer, "sliding_window", 0) for layer in layers if type(layer) is not DynamicLayer]
+    window, longest = min(windows, default=math.inf), int(attention_mask.sum(1).max())
 
-    # To score, generate would keep vocabulary x beams x steps; one more forward pass costs less.
-    attention_mask = F.pad(attention_mask, (0, hyps.shape[1]), value=1)
-    logits = model.llm(
-        inputs_embeds=torch.cat([embeddings, model.llm.get_input_embeddings()(hyps)], dim=1),
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=hyps.shape[1] + 1,
-        use_cache=False,
-    ).logits[:, :-1]  # (batch, new tokens, vocabulary)
-    log_probs = -F.cross_entropy(logits.float().transpose(1, 2), hyps, reduction="none")
-    lens = (torch.isin(hyps, torch.tensor(end_ids, device=hyps.device)).cumsum(1) == 0).sum(1)
-    return [
-        (hyp[:length].tolist(), log_prob[: length + 1].mean().item(), length == limit)
-        for hyp, log_prob, length, limit in zip(hyps, log_probs, lens.tolist(), limits.tolist())
-    ]
+    unseen = torch.finfo(dtype).min  # is added to attention; finite, for no softmax to be NaN
+    siblings = torch.full((num_beams, num_beams), unseen, dtype=dtype, device=device).fill_diagonal_(0)
+    mask = torch.zeros_like(attention_mask, dtype=dtype).masked_fill(attention_mask == 0, unseen)
+    mask = mask[:, None]  # (batch, beams, cached)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, prompt positions)
+    inputs = dict(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=positions)
+    inputs["logits_to_keep"] = 1
+    ends = torch.tensor(end_ids, device=device)
+    scores = torch.zeros(len(limits), 1, device=device)  # (batch, beams), sums of log-probabilities
+    searches, active, cache = [Search(num_beams) for _ in limits], list(range(len(limits))), DynamicCache()
+    for step in range(max(limits) + 1):
+        if longest + step > window:
+            needed = f"the beam search attends to {longest + step} positions, a layer of this LLM to {window}"
+            raise Refused(f"{llm.config.model_type}: {needed}")
+        logits = llm(**inputs, past_key_values=cache, use_cache=True).logits
+        log_probs = logits.float().log_softmax(-1).add_(scores[..., None])  # (batch, beams, vocabulary)
+        before, ended = scores.tolist(), log_probs[..., end_ids[0]].tolist()
+        scores, places = log_probs.flatten(1).topk(num_beams * (1 + len(end_ids)))  # (batch, candidates)
+        parents, tokens = places // logits.shape[-1], places % logits.shape[-1]
+
+        picked = scores.masked_fill(torch.isin(tokens, ends), -math.inf)
+        picked = picked.topk(num_beams).indices  # (batch, beams); once more topk, as `generate` breaks ties
+
+        kept = []
+        columns = zip(scores.tolist(), scores.tolist(), parents.tolist(), tokens.tolist())
+        for row, (index, going, table) in enumerate(zip(active, picked.tolist(), columns)):
+            candidates = list(zip(*table))
+            if step == limits[index]:  # all beams end: for nothing in rank, but not in the mean
+                sums = zip(before[row], ended[row])
+                candidates = [(rank, true, beam, end_ids[0]) for beam, (rank, true) in enumerate(sums)]
+                going = []
+            if searches[index].step(candidates, going, end_ids):
+                kept.append(row)
+        if not kept:
+            break
+
+        rows = torch.tensor(kept, device=device)
+        if len(kept) < len(active):
+            cache.batch_select_indices(rows)
+        active = [active[row] for row in kept]
+        scores, parents, tokens = (column.gather(1, picked)[rows] for column in (scores, parents, tokens))
+        mask = torch.cat([mask[rows[:, None], parents], siblings.expand(len(kept), -1, -1)], dim=2)
+        positions = positions[rows, -1:] + 1  # (batch, 1)
+        inputs = dict(input_ids=tokens, attention_mask=mask[:, None])
+        inputs["position_ids"] = positions.expand(-1, num_beams)
+
+    hyps = [search.finished[0] for search in searches]
+    return [(ids, score, len(ids) == limit) for (_, score, ids), limit in zip(hyps, limits)]
 
 
 def transcribe(
