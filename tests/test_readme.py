@@ -10,6 +10,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = ["model.py", "dataset.py", "train.py", "recognize.py"]
+OTHERS = ["beam_search.py", "score.py", "hallucination.py"]
 COMMANDS = [
     line.strip()
     for text in [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("recipes/*/*.sh"))]
@@ -72,14 +73,14 @@ def test_paths_exist():
 
 
 def test_no_path_of_a_machine_and_no_code_of_the_demo_in_the_core():
-    for name in [*CORE, "beam_search.py", "score.py"]:
+    for name in [*CORE, *OTHERS]:
         text = (ROOT / name).read_text(encoding="utf-8")
         assert "demo" not in text and not re.search(r"/(home|root|work|tmp)/", text), name
 
 
 def test_scripts_do_not_import_each_other():
     scripts = {"train", "recognize", "score"}
-    for name in [*CORE, "beam_search.py", "score.py"]:
+    for name in [*CORE, *OTHERS]:
         text = (ROOT / name).read_text(encoding="utf-8")
         imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
         assert not imported & scripts, name
