@@ -33,6 +33,17 @@ def looped(text: str) -> int:
     return longest
 
 
+def refuses(ref: str, hyp: str) -> bool:
+    """Whether it speaks as an assistant, in words that are not in the reference; see `hallucination`."""
+    said = " ".join(re.findall(r"\w+", re.sub("['’]", "", hyp.casefold())))
+    heard = set(pairwise(words_of(ref)))
+    for refusal in REFUSAL.finditer(said):
+        neighbours = list(pairwise(words_of(refusal[0])))
+        if sum(pair in heard for pair in neighbours) < len(neighbours) / 2:
+            return True
+    return False
+
+
 def hallucination(ref: str, hyp: str, seconds: float | None = None) -> str | None:
     """The kind of hallucination, text of the LLM's own making; None for what is right or merely wrong.
 
@@ -45,15 +56,11 @@ def hallucination(ref: str, hyp: str, seconds: float | None = None) -> str | Non
 
     The first that holds. The texts are those before any normalizer; seconds are those of the audio, if known.
     """
-    said = " ".join(re.findall(r"\w+", re.sub("['’]", "", hyp.casefold())))
-    heard = set(pairwise(words_of(ref)))
-    for refusal in REFUSAL.finditer(said):
-        neighbours = list(pairwise(words_of(refusal[0])))
-        if sum(pair in heard for pair in neighbours) < len(neighbours) / 2:
-            return "refusal"
+    if refuses(ref, hyp):
+        return "refusal"
     if looped(hyp) >= 2 * looped(ref) + 6:
         return "loop"
-    if not ref.strip() and said:
+    if not ref.strip() and re.search(r"\w", hyp):
         return "silence"
     ref_len, hyp_len = (len(re.sub("[\u3400-\u9fff]", "abc", text).replace(" ", "")) for text in (ref, hyp))
     if seconds is not None and hyp_len > max(30 * seconds + 20, 2 * ref_len):
