@@ -10,6 +10,7 @@ Legend: batch (utterances still searched), beams (1 at the root, then num_beams)
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -79,8 +80,11 @@ def beam_search(
         logits = llm(**inputs, past_key_values=cache, use_cache=True).logits
         log_probs = logits.float().log_softmax(-1).add_(scores[..., None])  # (batch, beams, vocabulary)
         before, ended = scores.tolist(), log_probs[..., end_ids[0]].tolist()
-        scores, places = log_probs.flatten(1).topk(num_beams * (1 + len(end_ids)))  # (batch, candidates)
-        parents, tokens = places // logits.shape[-1], places % logits.shape[-1]
+        wanted = num_beams * (1 + len(end_ids))  # at the root there may be fewer
+        candidates = F.pad(log_probs.flatten(1), (0, max(0, wanted - log_probs[0].numel())), value=-math.inf)
+        scores, places = candidates.topk(wanted)  # (batch, candidates)
+        parents = (places // logits.shape[-1]).clamp(max=log_probs.shape[1] - 1)
+        tokens = places % logits.shape[-1]
 
         picked = scores.masked_fill(torch.isin(tokens, ends), -math.inf)
         picked = picked.topk(num_beams).indices  # (batch, beams); once more topk, as `generate` breaks ties

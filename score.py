@@ -3,9 +3,10 @@
     python score.py result.jsonl                       # each line a record of the manifest and its `hyp`
     python score.py --ref test.jsonl --hyp result.txt  # `key<TAB>hyp` lines (or a result.jsonl), by key
     python score.py result.jsonl --unit char --normalizer basic --html report.html
+    python score.py result.jsonl --metric bleu         # of a translation; chrf; exact, of an answer
 
 Half a second for 2,600 utterances, 2 s with a normalizer. Prints the rate, its counts, a 95 % interval, the
-same without hallucinated utterances (`hallucination` says which), and the five worst utterances aligned.
+same without hallucinated utterances (hallucination.py says which), and the five worst utterances aligned.
 
 The reference is a record's `target`, else its `txt`. Each needs exactly one hypothesis: a missing, doubled or
 unknown one is an error (exit code 2), and no line is skipped. A record with `error` in place of `hyp` (audio
@@ -16,6 +17,9 @@ counts as insertions.
 most characters of the references are of scripts without spaces (Chinese, Japanese, Thai, ...), else `word`.
 --normalizer: what both sides go through. `basic` and `english` are Whisper's: lower case, no punctuation, and
 for English one spelling, and digits for numbers. `basic` destroys Indic and Thai marks (vowels, tones).
+--metric: `wer` and `cer` are --unit word and char. `bleu` and `chrf` are sacrebleu's over the corpus, with
+their signature; BLEU's tokenizer is zh for Chinese, char for other scripts without spaces, else 13a. `exact`
+is the share of texts equal to their reference. These three are one line, without an interval or a report.
 """
 
 import argparse
@@ -29,7 +33,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise, zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from string import Template
 from urllib.parse import quote
@@ -37,19 +41,7 @@ from urllib.parse import quote
 import jiwer
 import numpy as np
 
-# Thai to Burmese, Khmer, kana, Chinese
-UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-REFUSAL = re.compile(  # in lower case, without apostrophes, punctuation as a space
-    r"(?:\b(?:as|im|i am) an ai\b"
-    r"|\b(?:sorry|apologi[sz]e)\b.{0,60}\b"
-    r"(?:transcri|speech|audio|recording|assist|help with|request|understand|provide|confusion)"
-    r"|\b(?:no|any|can ?not|cant|could not|(?:un|not )able to|provide|speech)\b.{0,30}\b(?:transcri|audio\b)"
-    r"|\bplease provide\b.{0,30}\b(?:speech|recording)|^(?:there is )?no speech(?: detected| provided)?$"
-    r"|(?:抱歉|对不起).{0,10}(?:无法|不能|没有|听不).{0,10}(?:转录|转写|识别|语音|音频|录音|听|理解|提供|回答)"
-    r"|(?:无法|不能|没有|请提供).{0,6}(?:转录|转写|语音|音频|录音)"
-    r"|作为(?:一个|一名)? ?(?:ai|人工智能)(?:语言)?(?:模型|助手)).{0,40}"
-)
+from hallucination import UNSPACED, hallucination
 
 
 class Refused(ValueError):
@@ -126,49 +118,6 @@ def read_utterances(ref_path: Path, hyp_path: Path) -> list[Utterance]:
     return utterances
 
 
-def words_of(text: str) -> list[str]:
-    """Words (of unspaced scripts: characters) without case and punctuation; punctuation, if that is all."""
-    return WORD.findall(re.sub("['’]", "", text.casefold())) or list(text.replace(" ", ""))
-
-
-def looped(text: str) -> int:
-    """How many words in a row repeat what is just before them, where that is said three times or more."""
-    words, longest = words_of(text), 0
-    for period in range(1, min(len(words) // 3, 50) + 1):
-        repeats = groupby(a == b for a, b in zip(words, words[period:]))
-        run = max((len(list(group)) for same, group in repeats if same), default=0)
-        longest = max(longest, run if run >= 2 * period else 0)
-    return longest
-
-
-def hallucination(ref: str, hyp: str, seconds: float | None = None) -> str | None:
-    """The kind of hallucination, text of the LLM's own making; None for what is right or merely wrong.
-
-    refusal: it speaks as an assistant ("I apologize, but there is no speech to transcribe"), and of the pairs
-        of neighbouring words in that, less than half are in the reference too.
-    loop: what is said three times over or more makes 6 words (in unspaced scripts: characters) of mere
-        repetition, on top of twice what there is of that in the reference.
-    silence: there is text, and the reference is empty.
-    too long: over 30 letters a second and 20 besides, and over twice the reference. A Chinese character is 3.
-
-    The first that holds. The texts are those before any normalizer; seconds are those of the audio, if known.
-    """
-    said = " ".join(re.findall(r"\w+", re.sub("['’]", "", hyp.casefold())))
-    heard = set(pairwise(words_of(ref)))
-    for refusal in REFUSAL.finditer(said):
-        neighbours = list(pairwise(words_of(refusal[0])))
-        if sum(pair in heard for pair in neighbours) < len(neighbours) / 2:
-            return "refusal"
-    if looped(hyp) >= 2 * looped(ref) + 6:
-        return "loop"
-    if not ref.strip() and said:
-        return "silence"
-    ref_len, hyp_len = (len(re.sub("[\u3400-\u9fff]", "abc", text).replace(" ", "")) for text in (ref, hyp))
-    if seconds is not None and hyp_len > max(30 * seconds + 20, 2 * ref_len):
-        return "too long"
-    return None
-
-
 def choose_unit(refs: list[str]) -> str:
     """`char` where most characters are of scripts without spaces, `word` otherwise."""
     text = "".join("".join(refs).split())
@@ -181,6 +130,23 @@ def make_normalizer(name: str) -> Callable[[str], str]:
     from whisper import normalizers  # not above, since it brings torch: 2 s
 
     return normalizers.BasicTextNormalizer() if name == "basic" else normalizers.EnglishTextNormalizer()
+
+
+def whole_texts(utterances: list[Utterance], metric: str, normalize: Callable[[str], str]) -> str:
+    """The line of `bleu`, `chrf` or `exact`; what has no hypothesis counts as empty."""
+    refs = [" ".join(normalize(utterance.ref).split()) for utterance in utterances]
+    hyps = [" ".join(normalize(utterance.hyp).split()) for utterance in utterances]
+    if metric == "exact":
+        equal = sum(map(str.__eq__, refs, hyps))
+        return f"%EXACT {100 * equal / len(refs):.2f} [ {equal} / {len(refs)} ]"
+    from sacrebleu.metrics import BLEU, CHRF
+
+    tokenizer = "13a"
+    if choose_unit(refs) == "char":  # zh would take a Thai or Japanese sentence for one word
+        tokenizer = "char" if re.search("[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff]", "".join(refs)) else "zh"
+    scorer = BLEU(tokenize=tokenizer) if metric == "bleu" else CHRF()
+    rate = scorer.corpus_score(hyps, [refs]).score
+    return f"%{metric.upper()} {rate:.2f} [ {scorer.get_signature()} ]"
 
 
 def align(utterances: list[Utterance], unit: str, normalize: Callable[[str], str]) -> np.ndarray:
@@ -322,20 +288,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("result", nargs="?", type=Path, help="result.jsonl of recognize.py")
     parser.add_argument("--ref", type=Path, help="in place of result: the manifest, and with it")
     parser.add_argument("--hyp", type=Path, help="result.txt (key<TAB>hyp lines) or result.jsonl")
-    parser.add_argument("--unit", choices=["word", "char"], help="what is counted (default: by the script)")
+    counted = parser.add_mutually_exclusive_group()
+    counted.add_argument("--unit", choices=["word", "char"], help="what is counted (default: by the script)")
+    counted.add_argument(
+        "--metric", choices=["wer", "cer", "bleu", "chrf", "exact"], help="default: by --unit"
+    )
     norms = ["none", "basic", "english"]
     parser.add_argument("--normalizer", choices=norms, default="none", help="default: none")
     parser.add_argument("--html", type=Path, help="where to write a report of all utterances, worst first")
     args = parser.parse_args(argv)
     if bool(args.result) == bool(args.ref) or bool(args.ref) != bool(args.hyp):
         parser.error("give either result.jsonl, or --ref test.jsonl --hyp result.txt")
+    if args.html and args.metric in ("bleu", "chrf", "exact"):
+        parser.error("--html shows WER and CER")
 
     try:
         utterances = read_utterances(args.result or args.ref, args.result or args.hyp)
     except (OSError, Refused) as error:
         parser.exit(2, f"error: {error}\n")
-    unit = args.unit or choose_unit([utterance.ref for utterance in utterances])
-    counts = align(utterances, unit, make_normalizer(args.normalizer))
+    failed = int(any(utterance.error is not None for utterance in utterances))
+    normalize = make_normalizer(args.normalizer)
+    if args.metric in ("bleu", "chrf", "exact"):
+        print(f"{len(utterances)} utterances, normalizer {args.normalizer}")
+        print(whole_texts(utterances, args.metric, normalize))
+        return failed
+    unit = {"wer": "word", "cer": "char"}.get(args.metric, args.unit)
+    unit = unit or choose_unit([utterance.ref for utterance in utterances])
+    counts = align(utterances, unit, normalize)
     summary = summarize(utterances, counts, unit, args.normalizer)
     worst_first = sorted(utterances, key=lambda utterance: (-utterance.errors, utterance.key))
 
@@ -349,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         args.html.parent.mkdir(parents=True, exist_ok=True)
         page = report(worst_first, summary, unit, args.html.parent)
         args.html.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    return int(any(utterance.error is not None for utterance in utterances))
+    return failed
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from trainer import ProjectorTrainer, Watch, newest_checkpoint, probe
 class ModelArguments:
     llm_model_name_or_path: str = HfArg(help="Causal LLM of transformers: hub name or folder.")
     whisper_model_name_or_path: str = HfArg(help="openai-whisper model: name (tiny, large-v3) or file.")
-    projector_type: str = HfArg(default="conv1d", help="conv1d is West's.")
+    projector_type: str = HfArg(default="conv1d", help="conv1d (West) or blsp.")
     projector_stride: int = HfArg(default=5, help="Encoder vectors (50 a second) per speech vector.")
     projector_hidden_dim: int = HfArg(default=2048, help="Width between the two Linears of conv1d.")
     encoder_window: Literal["utterance", "30s"] = HfArg(default="utterance", help="What Whisper is given.")

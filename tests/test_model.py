@@ -16,6 +16,7 @@ from dataset import Recordings, SpeechDataset, collate, load_tokenizer, render_p
 from manifest import read_audio, read_manifest
 from model import (
     IGNORE,
+    Conv1dProjector,
     Encoder,
     SpeechLLM,
     encoder_len,
@@ -66,9 +67,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def build(folder):
-    """build(family) -> a SpeechLLM of random backbones, and eight examples to train on or generate from."""
+@pytest.fixture(scope="module", params=["conv1d", "blsp"])
+def build(folder, request):
+    """build(family) -> a SpeechLLM of random backbones, and eight examples to train on or generate from.
+
+    Whatever is tested with it holds for either projector.
+    """
 
     def build(family: str = "qwen2", window: str = "utterance", whisper_file: str = "whisper.pt", **dtype):
         model_type, tokenizer, config = FAMILIES[family]
@@ -76,8 +80,8 @@ def build(folder):
             make_llm(folder / family, model_type, make_tokenizer(**tokenizer), **config)
         encoder, llm = load_encoder(str(folder / whisper_file)), load_llm(str(folder / family), **dtype)
         tokenizer = load_tokenizer(str(folder / family))
-        config = make_config(encoder, llm, window) | render_prompt(tokenizer)
-        torch.manual_seed(1)
+        config = make_config(encoder, llm, request.param, window) | render_prompt(tokenizer)
+        torch.manual_seed(5)
         model = SpeechLLM(encoder, llm, config)
         utterances, speech_len = read_manifest(str(folder / "data.jsonl")), model.projector.speech_len
         to_train = SpeechDataset(utterances, tokenizer, config, speech_len)
@@ -87,14 +91,21 @@ def build(folder):
     return build
 
 
-def make_config(encoder, llm, window: str = "utterance") -> dict:
-    sizes = {"projector_type": "conv1d", "projector_stride": 5, "projector_hidden_dim": 64}
+def make_config(encoder, llm, projector_type: str, window: str = "utterance") -> dict:
+    hidden_dim = 64 if projector_type == "conv1d" else 2048  # blsp takes no other
+    sizes = {"projector_type": projector_type, "projector_stride": 5, "projector_hidden_dim": hidden_dim}
     return {**sizes, "encoder_window": window, **fingerprint(encoder, llm)}
+
+
+def config_of(model: SpeechLLM) -> dict:
+    projector_type = "conv1d" if isinstance(model.projector, Conv1dProjector) else "blsp"
+    return make_config(model.encoder, model.llm, projector_type)
 
 
 def embed(model: SpeechLLM, example: dict) -> torch.Tensor:
     """One utterance's input for the LLM, (1, positions, llm_dim), put together: text, speech, text."""
-    speech = model.projector(model.encode(example["mel"][None], example["frames"][None]))[0]
+    frames = example["frames"][None]
+    speech = model.projector(model.encode(example["mel"][None], frames), frames)[0]
     first = int(example["speech_mask"].nonzero()[0])
     text = model.llm.get_input_embeddings()(example["input_ids"])
     return torch.cat([text[:first], speech, text[first + len(speech) :]])[None]
@@ -122,26 +133,40 @@ def test_projectors_have_the_published_parameter_counts(dims, published):
     assert count == (5 * encoder_dim + 1) * encoder_dim + (encoder_dim + 1) * 2048 + (2048 + 1) * llm_dim
 
 
+def test_the_blsp_projector_has_the_47_47_million_parameters_of_its_authors():
+    with torch.device("meta"):
+        projector = make_projector("blsp", 768, 4096)
+    count = sum(weight.numel() for weight in projector.parameters())
+    convs = 2 * (5 * 768 + 1) * 2 * 768 + (5 * 768 + 1) * 2 * 4096  # each with a bias
+    assert count == convs + 2 * 4096 * 512 + 2 * 4096 and round(count / 1e6, 2) == 47.47
+
+
 def test_speech_len_is_what_comes_out_of_1_to_3000_frames():
     dims = whisper.model.ModelDimensions(
         1, 1500, 4, 1, 0, 8, 4, 4, 1, 1
     )  # the smallest that has its two convs
     encoder = Encoder(dims)
     projectors = [make_projector("conv1d", 4, 3, stride=stride, hidden_dim=2) for stride in (5, 1, 4)]
+    projectors += [make_projector("blsp", 4, 3)]
     lens = torch.arange(1, 3001)
     with torch.no_grad():
         for frames in lens.tolist():
             encoded = encoder(torch.zeros(1, 1, frames), torch.tensor([frames]))
             assert encoded.shape == (1, encoder_len(frames), 4)
             for projector in projectors:
-                assert projector(encoded).shape == (1, projector.speech_len(frames), 3)
+                speech = projector(encoded, torch.tensor([frames]))
+                assert speech.shape == (1, projector.speech_len(frames), 3)
     for projector in projectors:
         assert projector.speech_len(lens).tolist() == list(map(projector.speech_len, lens.tolist()))
-    assert [projector.speech_len(3000) for projector in projectors] == [300, 1500, 375]  # of 30 s
+    assert [projector.speech_len(3000) for projector in projectors] == [300, 1500, 375, 188]  # of 30 s
 
 
 @pytest.mark.parametrize(
-    "sizes", [("conv2d", 5, 2048), ("conv1d", 0, 2048), ("conv1d", 5, 0), ("conv1d", -1, 8)]
+    "sizes",
+    [
+        *[("conv2d", 5, 2048), ("conv1d", 0, 2048), ("conv1d", 5, 0), ("conv1d", -1, 8)],
+        *[("blsp", 4, 2048), ("blsp", 5, 512), ("blsp", 0, 2048)],
+    ],
 )
 def test_a_projector_that_cannot_be_is_refused(sizes):
     with refused(*map(str, sizes)):
@@ -193,12 +218,12 @@ def test_features_and_speech_of_eight_equal_eight_singles(build, window):
     assert batch["frames"].tolist() == LENGTHS
     encoded = model.encode(batch["mel"], batch["frames"])
     batch = {name: batch[name] for name in ("mel", "frames", "input_ids", "speech_mask")}
-    speech, embeddings = model.projector(encoded), model.embed(**batch)
+    speech, embeddings = model.projector(encoded, batch["frames"]), model.embed(**batch)
     for i, example in enumerate(examples):
         alone = model.encode(example["mel"][None], example["frames"][None])[0]
         equal(encoded[i, : len(alone)], alone)
         assert not encoded[i, len(alone) :].any()  # what the projector's last stride sees
-        spoken = model.projector(alone[None])[0]
+        spoken = model.projector(alone[None], example["frames"][None])[0]
         equal(speech[i, : len(spoken)], spoken)
         equal(embeddings[i, : len(example["input_ids"])], embed(model, example)[0])
 
@@ -214,7 +239,49 @@ def test_what_pads_the_mel_never_matters(build):
         assert encoded[: encoder_len(frames)].all() and not encoded[encoder_len(frames) :].any()
 
 
+def test_the_blsp_projector_hears_nothing_of_the_padding_at_any_length():
+    """One batch of all lengths to 70, what pads them filled with noise: each is as if it were alone."""
+    torch.manual_seed(0)
+    projector, frames = make_projector("blsp", 4, 6), torch.arange(1, 71)
+    encoded = torch.randn(70, encoder_len(70), 4)
+    with torch.no_grad():
+        speech = projector(encoded, frames)
+        for i, length in enumerate(frames.tolist()):
+            alone = projector(encoded[i : i + 1, : encoder_len(length)], frames[i : i + 1])[0]
+            equal(speech[i, : projector.speech_len(length)], alone)
+
+
+def test_the_blsp_projector_is_the_published_layers():
+    """Of one utterance without padding, by hand."""
+    torch.manual_seed(0)
+    projector, encoded = make_projector("blsp", 4, 6), torch.randn(1, 13, 4)
+    weights, hidden = projector.state_dict(), encoded.mT
+    for i in range(3):
+        weight, bias = weights[f"convs.{i}.weight"], weights[f"convs.{i}.bias"]
+        assert weight.shape == (2 * [4, 4, 6][i], 4, 5)
+        values, gates = torch.conv1d(hidden, weight, bias, stride=2, padding=2).chunk(2, dim=1)
+        hidden = values * gates.sigmoid()
+    narrow = torch.nn.functional.gelu(hidden.mT @ weights["down.weight"].T)
+    assert narrow.shape == (1, 2, 512)
+    wide = hidden.mT + narrow @ weights["up.weight"].T
+    wide = (wide - wide.mean(-1, keepdim=True)) / (wide.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    equal(projector(encoded, torch.tensor([25])), wide)  # of a new LayerNorm the weight is 1, the bias 0
+
+
 # ---- loss ----
+
+
+def test_nothing_is_learned_where_speech_stands(build):
+    """BLSP once made its labels from a bool mask, in which -100 is True, so 1."""
+    model, examples, _ = build()
+    batch = collate(examples)
+    labels, speech = batch["labels"].clone(), batch["speech_mask"]
+    assert labels.dtype == torch.int64 and speech.dtype == torch.bool
+    assert (labels[speech] == IGNORE).all() and not (labels == 1).any()
+    learned = labels != IGNORE
+    assert torch.equal(labels[learned], batch["input_ids"][learned])
+    model(**batch)["loss"].backward()
+    assert torch.equal(batch["labels"], labels)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -480,7 +547,7 @@ def test_the_llms_own_generation_config_changes_nothing(build, folder, own):
 @pytest.mark.parametrize("name", ["", "model.safetensors"], ids=["folder", "file"])
 def test_a_saved_projector_is_the_one_that_is_loaded(build, folder, tmp_path, name):
     model, examples, _ = build()
-    config = make_config(model.encoder, model.llm) | {
+    config = config_of(model) | {
         "prompt": "日本語 <|speech|>",
         "whisper_model_name_or_path": "tiny",
     }
@@ -503,7 +570,7 @@ def broken_checkpoint(folder: Path, how: str) -> None:
     """Makes a good checkpoint into one that must not be used."""
     file, config_file = folder / "model.safetensors", folder / "config.json"
     tensors, config = load_file(file), json.loads(config_file.read_text())
-    name = sorted(tensors)[0]
+    name, other = sorted(tensors)[0], "blsp" if config["projector_type"] == "conv1d" else "conv1d"
     if how == "no model":
         file.unlink()
     elif how == "no config":
@@ -533,7 +600,8 @@ def broken_checkpoint(folder: Path, how: str) -> None:
             "no format": {"format_version": None},
             "config without encoder dims": {"encoder_dims": None},
             "config without LLM dims": {"llm_dims": None},
-            "another projector type": {"projector_type": "blasp"},
+            "unknown projector type": {"projector_type": "blasp"},
+            "another projector type": {"projector_type": other, "projector_hidden_dim": 2048},
             "another stride": {"projector_stride": 4},
             "another hidden dim": {"projector_hidden_dim": 32},
         }[how]
@@ -543,7 +611,8 @@ def broken_checkpoint(folder: Path, how: str) -> None:
 
 BROKEN_CHECKPOINTS = [
     *("no model", "no config", "config cut", "config is a list", "older format", "newer format", "no format"),
-    *("config without encoder dims", "config without LLM dims", "another projector type", "another stride"),
+    *("config without encoder dims", "config without LLM dims", "unknown projector type"),
+    *("another projector type", "another stride"),
     *("another hidden dim", "garbage", "empty", "cut", "tensor missing", "tensor surplus"),
     *("all tensors of another name", "tensor of another shape"),
 ]
@@ -552,7 +621,7 @@ BROKEN_CHECKPOINTS = [
 @pytest.mark.parametrize("how", BROKEN_CHECKPOINTS)
 def test_a_broken_checkpoint_is_refused(build, tmp_path, how):
     model, *_ = build()
-    save_projector(str(tmp_path), model.state_dict(), make_config(model.encoder, model.llm))
+    save_projector(str(tmp_path), model.state_dict(), config_of(model))
     broken_checkpoint(tmp_path, how)
     with refused():
         path, config = load_config(str(tmp_path))
@@ -562,7 +631,7 @@ def test_a_broken_checkpoint_is_refused(build, tmp_path, how):
 @pytest.mark.parametrize("which", ["another encoder", "another LLM", "an LLM of the same width"])
 def test_another_backbone_than_in_training_is_refused(build, folder, which):
     model, *_ = build()
-    config = make_config(model.encoder, model.llm)
+    config = config_of(model)
     encoder, llm = model.encoder, model.llm
     if which == "another encoder":
         encoder = load_encoder(str(folder / "128.pt"))

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = ["model.py", "dataset.py", "train.py", "recognize.py"]
+OTHERS = ["beam_search.py", "continuation.py", "score.py", "hallucination.py"]
 COMMANDS = [
     line.strip()
     for text in [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("recipes/*/*.sh"))]
@@ -57,7 +58,8 @@ def test_commands_name_scripts_and_flags_that_exist(command, help_of):
 
 
 def test_flags_in_the_text_exist(help_of):
-    known = set(re.findall(r"--\w+", "".join(map(help_of, ["train.py", "recognize.py", "score.py"]))))
+    scripts = ["train.py", "recognize.py", "continuation.py", "score.py"]
+    known = set(re.findall(r"--\w+", "".join(map(help_of, scripts))))
     prose = re.findall(r"`(--\w+)", README)
     assert prose and set(prose) <= known | {"--nproc_per_node"}
 
@@ -72,14 +74,14 @@ def test_paths_exist():
 
 
 def test_no_path_of_a_machine_and_no_code_of_the_demo_in_the_core():
-    for name in [*CORE, "beam_search.py", "score.py"]:
+    for name in [*CORE, *OTHERS]:
         text = (ROOT / name).read_text(encoding="utf-8")
         assert "demo" not in text and not re.search(r"/(home|root|work|tmp)/", text), name
 
 
 def test_scripts_do_not_import_each_other():
-    scripts = {"train", "recognize", "score"}
-    for name in [*CORE, "beam_search.py", "score.py"]:
+    scripts = {"train", "recognize", "continuation", "score"}
+    for name in [*CORE, *OTHERS]:
         text = (ROOT / name).read_text(encoding="utf-8")
         imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
         assert not imported & scripts, name

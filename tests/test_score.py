@@ -14,6 +14,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
+import sacrebleu
 
 import score
 
@@ -245,6 +246,64 @@ def test_the_unit_follows_the_script_and_is_named(tmp_path, capsys):
     assert first("the word 你好", "the word 你") == ("unit word", "WER", "33.33", "1", "3")
     assert first("即便是", "即便", "--unit", "word") == ("unit word", "WER", "100.00", "1", "1")
     assert first("a cat", "ac at", "--unit", "char") == ("unit char", "CER", "0.00", "0", "4")
+
+
+def test_metric_wer_and_cer_are_unit_word_and_char(tmp_path, capsys):
+    path = write(tmp_path / "result.jsonl", records_of(random_pairs(11)))
+    for metric, unit in (("wer", "word"), ("cer", "char")):
+        assert run(capsys, path, "--metric", metric) == run(capsys, path, "--unit", unit)
+
+
+def last_line(capsys, path, *argv) -> str:
+    code, out, err = run(capsys, path, *argv)
+    assert (code, len(out.splitlines())) == (0, 2), err
+    return out.splitlines()[1]
+
+
+def test_bleu_and_chrf_are_sacrebleus_and_bear_its_signature(tmp_path, capsys):
+    pairs = [(ref, " ".join(ref.split()[i % 3 :])) for i, ref in enumerate(SENTENCES[:10])]
+    path = write(tmp_path / "result.jsonl", records_of(pairs))
+    refs, hyps = zip(*pairs)
+    bleu, chrf = sacrebleu.corpus_bleu(hyps, [refs]), sacrebleu.corpus_chrf(hyps, [refs])
+    version = sacrebleu.__version__
+    assert 50 < bleu.score < 99 and 50 < chrf.score < 99
+    line = f"%BLEU {bleu.score:.2f} [ nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version} ]"
+    assert last_line(capsys, path, "--metric", "bleu") == line
+    line = f"%CHRF {chrf.score:.2f} [ nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{version} ]"
+    assert last_line(capsys, path, "--metric", "chrf") == line
+    lower = sacrebleu.corpus_bleu(hyps, [refs], lowercase=True).score
+    upper = write(tmp_path / "upper.jsonl", records_of([(ref, hyp.upper()) for ref, hyp in pairs]))
+    line = last_line(capsys, upper, "--metric", "bleu", "--normalizer", "basic")
+    assert lower * 0.9 < float(line.split()[1]) < 99
+
+
+def test_bleu_cuts_what_has_no_spaces(tmp_path, capsys):
+    for ref, hyp, tokenizer in (
+        ("今天我们要去北京，看“天气”。", "今天我们要去北京，看一看。", "zh"),
+        ("สวัสดีครับ ยินดีที่ได้รู้จัก", "สวัสดีครับ ยินดีที่รู้จัก", "char"),
+        ("今日はとても天気がいいですね", "今日はとても天気がいいですよ", "char"),
+    ):
+        path = write(tmp_path / "result.jsonl", [{"key": "a", "txt": ref, "hyp": hyp}])
+        line = last_line(capsys, path, "--metric", "bleu")
+        assert f"tok:{tokenizer}|" in line and 30 < float(line.split()[1]) < 95
+
+
+def test_exact_is_the_share_of_texts_that_equal_their_reference(tmp_path, capsys):
+    pairs = [("lamp on", "lamp on"), ("lamp off", "Lamp off."), ("a  b", "a b"), ("yes", "no"), ("", "")]
+    path = write(tmp_path / "result.jsonl", records_of(pairs))
+    assert last_line(capsys, path, "--metric", "exact") == "%EXACT 60.00 [ 3 / 5 ]"
+    normalized = last_line(capsys, path, "--metric", "exact", "--normalizer", "basic")
+    assert normalized == "%EXACT 80.00 [ 4 / 5 ]"
+    failed = write(tmp_path / "failed.jsonl", [GOOD[0], {"key": "b", "txt": "two", "error": "truncated"}])
+    code, out, _ = run(capsys, failed, "--metric", "exact")
+    assert code == 1 and "%EXACT 50.00 [ 1 / 2 ]" in out
+
+
+def test_metrics_that_contradict_other_flags_are_errors(tmp_path, capsys):
+    path = write(tmp_path / "result.jsonl", GOOD)
+    for argv in (["--metric", "wer", "--unit", "word"], ["--metric", "bleu", "--html", tmp_path / "r.html"]):
+        code, out, err = run(capsys, path, *argv)
+        assert (code, out) == (2, "") and "error: " in err and not (tmp_path / "r.html").exists()
 
 
 def test_normalizers_and_the_hint_that_one_is_needed(tmp_path, capsys):
