@@ -58,6 +58,11 @@ class TrainArguments(TrainingArguments):
             self.use_cpu, self.dataloader_pin_memory = True, False
         super().__post_init__()
 
+    @property
+    def device(self) -> torch.device:
+        device = super().device  # of a second rank on a CPU, cpu:0, which torch.load does not know
+        return torch.device("cpu") if device.type == "cpu" else device
+
 
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
