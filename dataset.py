@@ -132,13 +132,15 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 
 class Recordings(SpeechDataset):
-    """Utterances -> what the LLM is given to recognise each, in parts where it is over 30 s."""
+    """Utterances -> what the LLM is given to recognise each, in parts of at most `part_seconds`."""
+
+    part_seconds: float = MAX_SECONDS
 
     def __getitem__(self, index: int) -> tuple[list[dict[str, Tensor]], str | None]:
         """Examples without target, or why there are none."""
         try:
             utterance = self.utterances[index]
-            parts = cut(read_audio(utterance))
+            parts = cut(read_audio(utterance), self.part_seconds)
             return [self.example(utterance, part, with_target=False) for part in parts], None
         except Refused as refused:
             return [], refused.told

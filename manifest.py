@@ -124,9 +124,9 @@ def read_audio(utterance: Utterance) -> np.ndarray:
     return waveform
 
 
-def cut(waveform: np.ndarray) -> list[np.ndarray]:
-    """Parts of at most 30 s that make up the waveform, cut at the quietest place after 15 s of each."""
-    parts, longest = [], MAX_SECONDS * SAMPLE_RATE
+def cut(waveform: np.ndarray, seconds: float = MAX_SECONDS) -> list[np.ndarray]:
+    """Parts of at most `seconds` that make up the waveform, cut where the second half of each is quietest."""
+    parts, longest = [], round(seconds * SAMPLE_RATE)
     while len(waveform) > longest:
         first, last = longest // 2, min(longest, len(waveform) - QUIET)
         power = np.square(waveform[first - QUIET // 2 : last + QUIET // 2], dtype=np.float64).cumsum()

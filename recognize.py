@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     add("--llm_model_name_or_path", help="default: as in config.json")
     add("--whisper_model_name_or_path", help="default: as in config.json")
     add("--instruction", help="what the LLM is asked; default: each line's own, else to transcribe")
+    add("--part_seconds", type=float, default=30, help="cut what is longer; at least 1, default and most: 30")
     add("--num_beams", type=int, default=3, help="default: 3")
     add("--batch_size", type=int, default=16, help="utterances decoded together; default: 16")
     add("--max_new_tokens", type=int, help="default: 64, and 25 for each second of audio")
@@ -48,6 +49,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("several processes share a --data_path, not audio files")
     if min(args.num_beams, args.batch_size, 1 if args.max_new_tokens is None else args.max_new_tokens) < 1:
         parser.error("--num_beams, --batch_size and --max_new_tokens must be at least 1")
+    if not 1 <= args.part_seconds <= MAX_SECONDS:
+        parser.error(f"--part_seconds must be from 1 to {MAX_SECONDS}")
     return args
 
 
@@ -104,6 +107,7 @@ def main() -> None:
     load_projector(model, path)
     speech_len, tokenizer = model.projector.speech_len, load_tokenizer(llm_name)
     recordings = Recordings(utterances, tokenizer, config, speech_len, instruction=args.instruction)
+    recordings.part_seconds = args.part_seconds
 
     mine = [number for number in range(rank, len(batches), ranks) if number not in done]
     sampler = [batches[number] for number in mine]
