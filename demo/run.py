@@ -33,6 +33,8 @@ COMMANDS = {
     "recognise shuffled": "recognize.py --projector_model_path exp/demo/asr/model.safetensors "
     "--data_path exp/demo/data/test_shuffled.jsonl --result_path exp/demo/asr/result_shuffled.jsonl",
     "score shuffled": "score.py exp/demo/asr/result_shuffled.jsonl",
+    "recognise noise": "recognize.py --projector_model_path exp/demo/asr/model.safetensors "
+    "--data_path exp/demo/data/noise.jsonl --result_path exp/demo/asr/result_noise.jsonl",
 }
 
 
@@ -98,6 +100,9 @@ def main():
         f"WER                      {rates['score']:>7} %   sentences never seen, voices never heard, 3 beams"
     )
     print(f"WER with audio shuffled  {rates['score shuffled']:>7} %   what the LLM knows without hearing")
+    noises = read_jsonl(FOLDER / "asr/result_noise.jsonl")
+    heard = sum(record["hyp"] != "" for record in noises)
+    print(f"text for mere noise      {heard:>3} of {len(noises)}   silence, hiss, hum, breaths")
     print(f"loss curve {FOLDER}/asr/loss.png, every utterance {FOLDER}/asr/report.html")
 
 

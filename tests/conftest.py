@@ -1,5 +1,6 @@
 """Tiny random backbones of true form, and recordings of noise: offline, on a CPU, in seconds."""
 
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -101,6 +102,12 @@ def make_manifest(folder: Path, seconds: list[float], seed: int = 0) -> Path:
 
 
 OK = {"wav": "ok.wav", "txt": "yes"}
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    names = ("torch", "transformers", "deepspeed", "openai-whisper", "soundfile")
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in names)
+    terminalreporter.write_line(f"on Python {sys.version.split()[0]}, {', '.join(versions)}")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@
 
 `fsdd` holds train.jsonl and test.jsonl of the Free Spoken Digit Dataset (6 speakers, 8 kHz; test = takes 0 to
 4), with wav, txt and speaker. Writes 3,000 training strings of training takes and 200 test strings of test
-takes, with 0.05 to 0.2 s of silence between digits. 15 seconds.
+takes, with 0.05 to 0.2 s of silence between digits; and the test strings again, one after the other with 0.3
+to 0.6 s of silence between them, as one file of ten minutes (long.jsonl). 15 seconds.
 """
 
 import argparse
@@ -32,6 +33,7 @@ def main():
             waveform, rate = soundfile.read(args.fsdd / take["wav"], dtype="int16")
             takes.setdefault(take["speaker"], []).append((take["txt"], waveform))
 
+        strings, texts = [], []
         with open(args.output_dir / f"{split}.jsonl", "w", encoding="utf-8") as manifest:
             for i in trange(count, desc=split):
                 speaker = rng.choice(sorted(takes))
@@ -45,6 +47,12 @@ def main():
                 record = {"wav": f"wav/{key}.wav", "txt": " ".join(word for word, _ in digits), "key": key}
                 record |= {"duration": round(len(string) / rate, 3), "speaker": speaker}
                 manifest.write(json.dumps(record) + "\n")
+                strings += [string, np.zeros(int(rng.uniform(0.3, 0.6) * rate), dtype=np.int16)]
+                texts.append(record["txt"])
+
+    soundfile.write(args.output_dir / "wav/long.wav", np.concatenate(strings), rate)
+    record = json.dumps({"wav": "wav/long.wav", "txt": " ".join(texts)})
+    (args.output_dir / "long.jsonl").write_text(record + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
