@@ -65,6 +65,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.speech_len, self.most, self.instruction = speech_len, most, instruction
         self.before, self.after = config["prompt"].split(SPEECH_SLOT)
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids(config["end_of_turn"])
+        self.features = None  # a FeatureCache, if audio is not to be encoded again
         self.epoch = 0  # which of its orders LengthSampler takes
 
     def __len__(self) -> int:
@@ -95,37 +96,43 @@ class SpeechDataset(torch.utils.data.Dataset):
         if positions > self.most:
             raise Refused(f"{utterance.where}: {positions} positions; --model_max_length is {self.most}")
 
-    def example(self, utterance: Utterance, waveform: np.ndarray, with_target: bool) -> dict[str, Tensor]:
-        """mel (n_mels, frames), frames (), input_ids, speech_mask, labels or attention_mask (positions)."""
+    def hear(self, utterance: Utterance, waveform: np.ndarray) -> dict[str, Tensor]:
+        """mel (n_mels, frames), frames () of up to 30 s of speech."""
         if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
             raise Refused(f"{utterance.where}: {utterance.path}: over {MAX_SECONDS} s")
         waveform = torch.from_numpy(waveform)
-        frames = len(waveform) // whisper.audio.HOP_LENGTH
+        frames = torch.tensor(len(waveform) // whisper.audio.HOP_LENGTH)
         if self.config["encoder_window"] == "30s":
             waveform = whisper.pad_or_trim(waveform)
+        mel = whisper.log_mel_spectrogram(waveform, self.config["encoder_dims"]["n_mels"])
+        return {"mel": mel, "frames": frames}
+
+    def write(self, utterance: Utterance, frames: int, with_target: bool) -> dict[str, Tensor]:
+        """input_ids, speech_mask, and labels or attention_mask (positions)."""
         before, after, target = self.text_ids(utterance)
         speech_len, target = self.speech_len(frames), target if with_target else []
         self.fit(utterance, speech_len, before, after, target)
         prompt_len = len(before) + speech_len + len(after)
-        example = {
-            "mel": whisper.log_mel_spectrogram(waveform, self.config["encoder_dims"]["n_mels"]),
-            "frames": torch.tensor(frames),
-            "input_ids": torch.tensor(before + [0] * speech_len + after + target),
-            "speech_mask": torch.zeros(prompt_len + len(target), dtype=torch.bool),
-        }
-        example["speech_mask"][len(before) : len(before) + speech_len] = True
+        input_ids = torch.tensor(before + [0] * speech_len + after + target)
+        speech_mask = torch.zeros(len(input_ids), dtype=torch.bool)
+        speech_mask[len(before) : len(before) + speech_len] = True
+        text = {"input_ids": input_ids, "speech_mask": speech_mask}
         if with_target:
-            return {**example, "labels": torch.tensor([IGNORE] * prompt_len + target)}
-        return {**example, "attention_mask": torch.ones(prompt_len, dtype=torch.long)}
+            return {**text, "labels": torch.tensor([IGNORE] * prompt_len + target)}
+        return {**text, "attention_mask": torch.ones(prompt_len, dtype=torch.long)}
 
     def __getitem__(self, index: int) -> dict:
-        """An example with target, `where` it stands, and the `faults` of those that it replaces."""
+        """Speech, text and target; `where` they stand; the `faults` of those that they replace."""
         faults = []
         for i in range(index, index + 100):
             try:
                 utterance = self.utterances[i % len(self)]
-                example = self.example(utterance, read_audio(utterance), with_target=True)
-                return {**example, "where": utterance.where, "faults": faults}
+                if self.features:
+                    heard = self.features.load(utterance)
+                else:
+                    heard = self.hear(utterance, read_audio(utterance))
+                text = self.write(utterance, int(heard["frames"]), with_target=True)
+                return {**heard, **text, "where": utterance.where, "faults": faults}
             except Refused as refused:
                 faults.append(refused.told)
         raise Refused(f"100 utterances in a row cannot be used: {faults[0]}, ...")
@@ -140,17 +147,21 @@ class Recordings(SpeechDataset):
         """Examples without target, or why there are none."""
         try:
             utterance = self.utterances[index]
-            parts = cut(read_audio(utterance), self.part_seconds)
-            return [self.example(utterance, part, with_target=False) for part in parts], None
+            parts = [self.hear(utterance, part) for part in cut(read_audio(utterance), self.part_seconds)]
+            texts = [self.write(utterance, int(part["frames"]), with_target=False) for part in parts]
+            return [part | text for part, text in zip(parts, texts)], None
         except Refused as refused:
             return [], refused.told
 
 
 def collate(examples: list[dict], side: str = "right") -> dict:
-    """Examples -> a batch. Text is padded at `side`: right to train, left to generate; mel always right."""
+    """Examples -> a batch. Text is padded at `side`: right to train, left to generate; speech always right."""
     batch = {name: [example[name] for example in examples] for name in examples[0]}
     batch["frames"] = torch.stack(batch["frames"])
-    batch["mel"] = pad_sequence([mel.T for mel in batch["mel"]], batch_first=True).transpose(1, 2)
+    if "mel" in batch:
+        batch["mel"] = pad_sequence([mel.T for mel in batch["mel"]], batch_first=True).transpose(1, 2)
+    if "encoded" in batch:
+        batch["encoded"] = pad_sequence(batch["encoded"], batch_first=True)
     for name in PADDING.keys() & batch.keys():
         batch[name] = pad_sequence(batch[name], True, PADDING[name], padding_side=side)
     return batch

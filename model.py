@@ -10,61 +10,17 @@ from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
-import whisper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from encoder import Encoder, encoder_len, real
 from errors import Refused, refusing
 
 IGNORE = -100  # a label that costs nothing
 FORMAT_VERSION = 1  # of config.json beside a projector
-
-
-def encoder_len(frames):
-    """Encoder vectors out of mel frames (int or Tensor): Whisper's second convolution has stride 2."""
-    return (frames + 1) // 2
-
-
-def real(lens: Tensor, size: int) -> Tensor:
-    """Lengths (batch,) -> (batch, size) bool, False where only padding stands."""
-    return torch.arange(size, device=lens.device) < lens[:, None]
-
-
-class Encoder(whisper.model.AudioEncoder):
-    """Whisper's encoder over utterances of any lengths, masked, so that none is changed by its neighbours.
-
-    openai-whisper's forward insists on 3000 frames, its SDPA takes any mask for a causal one, its LayerNorm
-    fails in bf16: so attention is spelled out here, over torch's LayerNorm. At 3000 frames both are equal.
-    """
-
-    def __init__(self, dims: whisper.model.ModelDimensions):
-        width = dims.n_audio_state
-        super().__init__(dims.n_mels, dims.n_audio_ctx, width, dims.n_audio_head, dims.n_audio_layer)
-        for block in self.blocks:
-            block.attn_ln, block.mlp_ln = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.ln_post, self.dims = nn.LayerNorm(width), dims
-
-    def forward(self, mel: Tensor, frames: Tensor) -> Tensor:
-        """mel (batch, n_mels, frames), frames (batch,) -> (batch, encoder_len, encoder_dim), 0 past ends."""
-        inside = real(frames, mel.shape[-1])[:, None]  # both convolutions see zeros past an end, as if alone
-        hidden = F.gelu(self.conv1(mel * inside)) * inside  # (batch, encoder_dim, frames)
-        hidden = F.gelu(self.conv2(hidden)).transpose(1, 2)  # (batch, encoder_len, encoder_dim)
-        hidden = hidden + self.positional_embedding[: hidden.shape[1]].to(hidden.dtype)
-        heard = real(encoder_len(frames), hidden.shape[1])  # (batch, encoder_len)
-        for block in self.blocks:
-            hidden = hidden + self.attend(block.attn, block.attn_ln(hidden), heard[:, None, None])
-            hidden = hidden + block.mlp(block.mlp_ln(hidden))
-        return self.ln_post(hidden) * heard[..., None]
-
-    @staticmethod
-    def attend(attn: whisper.model.MultiHeadAttention, hidden: Tensor, heard: Tensor) -> Tensor:
-        projected = (attn.query(hidden), attn.key(hidden), attn.value(hidden))
-        query, key, value = (heads.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for heads in projected)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=heard)
-        return attn.out(attended.transpose(1, 2).flatten(2))
 
 
 class Conv1dProjector(nn.Module):
@@ -157,11 +113,14 @@ class SpeechLLM(nn.Module):
                 layer.training = mode  # not its children; transformers recomputes nothing in eval mode
         return self
 
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
+    def activation_checkpointing_enable(self, **kwargs) -> None:
         """Called by the Trainer: the LLM's activations are computed again in the backward pass."""
-        self.llm.gradient_checkpointing_enable(**kwargs)
+        name = "activation_checkpointing_enable"  # before transformers 5.23 it was gradient_...
+        getattr(self.llm, name, self.llm.gradient_checkpointing_enable)(**kwargs)
         for module in self.llm.modules():  # OPT's layers, once told that they train, would drop out
             module.__dict__.update({name: 0.0 for name in vars(module) if name.endswith("dropout")})
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         return self.projector.state_dict(*args, **kwargs)
@@ -178,9 +137,13 @@ class SpeechLLM(nn.Module):
         lens = encoder_len(frames)
         return (encoded * real(lens, encoded.shape[1])[..., None])[:, : int(lens.max())]
 
-    def embed(self, mel: Tensor, frames: Tensor, input_ids: Tensor, speech_mask: Tensor) -> Tensor:
-        """The LLM's input, (batch, positions, llm_dim): text, and speech where `speech_mask` is True."""
-        encoded = self.encode(mel, frames).to(next(self.projector.parameters()).dtype)
+    def embed(self, input_ids: Tensor, speech_mask: Tensor, frames: Tensor, mel=None, encoded=None) -> Tensor:
+        """The LLM's input, (batch, positions, llm_dim): text, and speech where `speech_mask` is True.
+
+        mel: as `encode` takes it; or encoded: what that gave.
+        """
+        encoded = self.encode(mel, frames) if encoded is None else encoded
+        encoded = encoded.to(next(self.projector.parameters()).dtype)
         speech = self.projector(encoded, frames)  # (batch, speech_len, llm_dim)
         embeddings = self.llm.get_input_embeddings()(input_ids).clone()
         heard = real(self.projector.speech_len(frames), speech.shape[1])
@@ -200,15 +163,6 @@ class SpeechLLM(nn.Module):
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORE, reduction="sum")
         targets = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": loss / targets}
-
-
-def load_encoder(name: str) -> Encoder:
-    """The encoder of an openai-whisper name or file, in float32, on the CPU. Raises Refused."""
-    with refusing(f"--whisper_model_name_or_path {name}: not a Whisper model", Exception):
-        model = whisper.load_model(name, device="cpu")  # raises many types, all of one meaning
-    encoder = Encoder(model.dims)
-    encoder.load_state_dict(model.encoder.state_dict())
-    return encoder
 
 
 def load_llm(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from beam_search import transcribe
 from dataset import Recordings, load_tokenizer
+from encoder import load_encoder
 from errors import Refused
 from manifest import MAX_SECONDS, Utterance, read_manifest, read_record
-from model import SpeechLLM, load_config, load_encoder, load_llm, load_projector
+from model import SpeechLLM, load_config, load_llm, load_projector
 from resumable import Parts
 
 

@@ -21,8 +21,10 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
 from dataset import SpeechDataset, collate, load_tokenizer, render_prompt
+from encoder import load_encoder
+from features import FeatureCache
 from manifest import MAX_SECONDS, read_manifest
-from model import SpeechLLM, fingerprint, load_encoder, load_llm
+from model import SpeechLLM, fingerprint, load_llm
 from trainer import ProjectorTrainer, Watch, newest_checkpoint, probe
 
 
@@ -40,6 +42,7 @@ class ModelArguments:
 class DataArguments:
     data_path: str = HfArg(help="Manifest to train on (jsonl: wav, txt).")
     eval_data_path: str | None = HfArg(default=None, help="Manifest for the loss at each --eval_strategy.")
+    feature_cache: str | None = HfArg(default=None, help="Folder for what the encoder hears, computed once.")
     model_max_length: int = HfArg(default=512, help="Most positions (prompt, speech, target) of an example.")
     max_bad_audio: float = HfArg(default=0.01, help="Stop if more of the utterances than this share are bad.")
 
@@ -81,7 +84,10 @@ def main() -> None:
 
     if args.should_save:
         probe(args.output_dir, 12 * sum(map(torch.numel, model.projector.parameters())))  # with Adam's two
-    left_out = []
+    left_out, cache = [], None
+    if data_args.feature_cache:
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        cache = FeatureCache(data_args.feature_cache, encoder, model_args.encoder_window, dtype)
 
     def examples(path: str) -> SpeechDataset:
         with args.main_process_first():
@@ -91,6 +97,11 @@ def main() -> None:
         utterances, most = utterances if fits.all() else utterances.keep(fits), data_args.model_max_length
         dataset = SpeechDataset(utterances, tokenizer, config, model.projector.speech_len, most)
         dataset.check_positions()
+        if cache:
+            share = slice(args.process_index, None, args.world_size)
+            encoder.to(args.device)
+            cache.fill(model, dataset, args.per_device_train_batch_size, args.dataloader_num_workers, share)
+            dataset.features = cache
         return dataset
 
     trainer = ProjectorTrainer(

@@ -13,6 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from beam_search import beam_search
 from dataset import Recordings, SpeechDataset, collate, load_tokenizer, render_prompt
+from encoder import load_encoder
 from manifest import read_audio, read_manifest
 from model import (
     IGNORE,
@@ -22,7 +23,6 @@ from model import (
     encoder_len,
     fingerprint,
     load_config,
-    load_encoder,
     load_llm,
     load_projector,
     make_projector,
@@ -400,7 +400,8 @@ def test_gradient_checkpointing_recomputes_the_llm_and_only_the_llm(build, kwarg
 
     model.train()
     plain = gradients({"llm": 1, "encoder": 1})
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    name = "activation" if hasattr(model.llm, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": kwargs})
     model.train()
     recomputed = gradients({"llm": 2, "encoder": 1})
     for one, other in zip(plain, recomputed):

@@ -12,6 +12,7 @@ from conftest import make_llm, make_tokenizer, make_whisper, ranks, refused, run
 from safetensors.torch import load_file, save_file
 
 import dataset
+import encoder
 import model
 from manifest import read_manifest
 
@@ -134,7 +135,7 @@ def test_the_score_is_minus_the_loss_that_its_text_would_have_in_training(learne
     result = read(recognize(learned, learned / "scored.jsonl"))
     path, config = model.load_config(str(learned / "exp"))
     llm = model.load_llm(str(learned / "llm"))
-    speech_llm = model.SpeechLLM(model.load_encoder(str(learned / "whisper.pt")), llm, config)
+    speech_llm = model.SpeechLLM(encoder.load_encoder(str(learned / "whisper.pt")), llm, config)
     model.load_projector(speech_llm, path)
     utterances = read_manifest(str(learned / "scored.jsonl"))
     tokenizer = dataset.load_tokenizer(str(learned / "llm"))
@@ -211,9 +212,8 @@ def test_two_processes_change_nothing(trained, tmp_path, one_by_one):
 
 def test_batch_size_is_how_many_are_decoded_together(trained, tmp_path, monkeypatch):
     sizes, embed = [], model.SpeechLLM.embed
-    monkeypatch.setattr(
-        model.SpeechLLM, "embed", lambda self, mel, **rest: sizes.append(len(mel)) or embed(self, mel, **rest)
-    )
+    counted = lambda self, mel, **rest: sizes.append(len(mel)) or embed(self, mel=mel, **rest)  # noqa: E731
+    monkeypatch.setattr(model.SpeechLLM, "embed", counted)
     recognize(trained, tmp_path / "r.jsonl", "--batch_size", "5", "--max_new_tokens", "2")
     assert sizes == [5, 5, 2]
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+import encoder
 import model
 import train
 from trainer import Watch, newest_checkpoint
@@ -270,9 +271,9 @@ def digests(folder: Path) -> dict[Path, str]:
 
 
 def test_frozen_weights_do_not_move(toy, tmp_path, monkeypatch):
-    used, load_llm, load_encoder = [], model.load_llm, model.load_encoder
+    used, load_llm, load_encoder = [], model.load_llm, encoder.load_encoder
     monkeypatch.setattr(model, "load_llm", lambda name: used.append(load_llm(name)) or used[-1])
-    monkeypatch.setattr(model, "load_encoder", lambda name: used.append(load_encoder(name)) or used[-1])
+    monkeypatch.setattr(encoder, "load_encoder", lambda name: used.append(load_encoder(name)) or used[-1])
     before = digests(toy)
     train_here(toy, tmp_path, "--weight_decay", "0.1", "--gradient_checkpointing")
     assert digests(toy) == before
