@@ -168,7 +168,9 @@ def script(name: str, *args) -> None:
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so that one that is pending is forgotten
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environ)
