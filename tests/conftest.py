@@ -176,8 +176,8 @@ def script(name: str, *args) -> None:
         os.environ.update(environ)
 
 
-def ranks(processes: int, log: Path, name: str, *args, exitcode: int = 0) -> str:
-    """What a script prints in that many processes, with torchrun's environment, but forked: a quick start."""
+def fork(processes: int, log: Path, name: str, *args) -> list:
+    """A script's processes, with torchrun's environment (0: one without), but forked: a quick start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -185,10 +185,16 @@ def ranks(processes: int, log: Path, name: str, *args, exitcode: int = 0) -> str
     forkserver.set_forkserver_preload(["train", "recognize", "deepspeed", "conftest"])
     workers = [
         forkserver.Process(target=one_rank, args=(rank, processes, port, log, name, args))
-        for rank in range(processes)
+        for rank in range(processes or 1)
     ]
     for worker in workers:
         worker.start()
+    return workers
+
+
+def ranks(processes: int, log: Path, name: str, *args, exitcode: int = 0) -> str:
+    """What a script prints in that many processes."""
+    workers = fork(processes, log, name, *args)
     for worker in workers:
         worker.join(timeout=300)
         worker.kill()
@@ -197,12 +203,16 @@ def ranks(processes: int, log: Path, name: str, *args, exitcode: int = 0) -> str
 
 
 def one_rank(rank: int, processes: int, port: str, log: Path, name: str, args: tuple) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers; inherited was forkserver
+    os.setsid()  # so that it can be killed together with its loader's workers
     os.chdir(ROOT)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    sys.stdout.reconfigure(line_buffering=True)
+    if processes:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     script(name, *args)
 
 
