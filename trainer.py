@@ -23,7 +23,8 @@ class Watch(TrainerCallback):
     """What one rank meets, all know before the optimizer's next step, so that they go on or stop as one."""
 
     def __init__(self, trainer: Trainer, max_bad_audio: float):
-        self.trainer, self.max_bad_audio, self.signalled, self.terminated = trainer, max_bad_audio, False, False
+        self.trainer, self.max_bad_audio = trainer, max_bad_audio
+        self.signalled = self.terminated = False
         self.met = []  # of each batch since the last step: where its utterances stand, faults, loss
 
     def on_sigterm(self, *_) -> None:
