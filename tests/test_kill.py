@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, refused, script
+from conftest import ROOT, Run, refused, script
 from test_train import FLAGS, data, logged
 from transformers import TrainerState
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kill
-from kill import Run, checkpoints
+from kill import checkpoints
 
 from resumable import Parts
 
