@@ -115,7 +115,8 @@ def main() -> None:
     trainer.watch = watch = Watch(trainer, data_args.max_bad_audio)
     trainer.add_callback(watch)
     checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # Watch looks for it, on all ranks at once
+    signal.signal(signal.SIGTERM, watch.on_sigterm)  # threads of gloo and OpenMP, begun before, get it too
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as the loader's workers, which inherit that
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:  # where that failed, Python would wait for ever for the loader's workers, deaf to SIGTERM too

@@ -23,8 +23,12 @@ class Watch(TrainerCallback):
     """What one rank meets, all know before the optimizer's next step, so that they go on or stop as one."""
 
     def __init__(self, trainer: Trainer, max_bad_audio: float):
-        self.trainer, self.max_bad_audio, self.terminated = trainer, max_bad_audio, False
+        self.trainer, self.max_bad_audio = trainer, max_bad_audio
+        self.signalled = self.terminated = False
         self.met = []  # of each batch since the last step: where its utterances stand, faults, loss
+
+    def on_sigterm(self, *_) -> None:
+        self.signalled = True
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bad = [entry["bad_audio"] for entry in state.log_history if "bad_audio" in entry]
@@ -35,7 +39,8 @@ class Watch(TrainerCallback):
             norm = trainer.deepspeed.get_global_grad_norm()
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.projector.parameters()])
-        terminated, finite = signal.SIGTERM in signal.sigpending(), math.isfinite(norm)
+        terminated = self.signalled or signal.SIGTERM in signal.sigpending()
+        finite = math.isfinite(norm)
         met = [(where, faults, loss.isfinite().item()) for where, faults, loss in self.met]
         ranks = gather_object([(terminated, finite, met)])  # takes 1 ms
         met, self.met = [batch for _, _, batches in ranks for batch in batches], []

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -175,39 +176,87 @@ def script(name: str, *args) -> None:
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so that one that is pending is forgotten
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environ)
 
 
+class Run:
+    """A script in several processes, with torchrun's environment (0: one without), but forked: a quick start.
+
+    real: by torchrun itself (0: by python) instead. Each process has a group of its own.
+    """
+
+    def __init__(self, log: Path, processes: int, name: str, *args, real: bool = False):
+        self.log, self.began = log, time.monotonic()
+        log.write_text("")
+        if real:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command = [sys.executable, *(torchrun if processes else []), name, *map(str, args)]
+            how = dict(cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
+            with open(log, "w") as file:
+                self.processes = [subprocess.Popen(command, stdout=file, stderr=file, **how)]
+            return
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        forkserver = multiprocessing.get_context("forkserver")
+        forkserver.set_forkserver_preload(["train", "recognize", "deepspeed", "conftest"])
+        args = [(rank, processes, port, log, name, args) for rank in range(processes or 1)]
+        self.processes = [forkserver.Process(target=one_rank, args=each) for each in args]
+        for process in self.processes:
+            process.start()
+
+    def send(self, signum: int, after: float = 0, whom: slice = slice(None)) -> str:
+        """So many seconds after the start, to the groups of these processes -> what had been printed then."""
+        time.sleep(max(0, self.began + after - time.monotonic()))
+        told = self.log.read_text()
+        for process in self.processes[whom]:
+            with suppress(ProcessLookupError):  # where it has ended
+                try:
+                    os.killpg(process.pid, signum)
+                except ProcessLookupError:  # it has not yet made a group
+                    os.kill(process.pid, signum)
+        return told
+
+    def wait(self, whom: slice = slice(None), timeout: float = 60) -> list[int]:
+        """Their exit codes. What takes longer is a deadlock."""
+        until, codes = time.monotonic() + timeout, [None]
+        while None in codes and time.monotonic() < until:
+            time.sleep(0.01)
+            codes = [p.poll() if hasattr(p, "poll") else p.exitcode for p in self.processes[whom]]
+        if None in codes:
+            self.send(signal.SIGKILL)
+        assert None not in codes, f"deadlock, {codes}:\n{self.log.read_text()[-4000:]}"
+        return codes
+
+    def end(self, *allowed: int) -> float:
+        """The seconds it took until all exited with one of these codes (default: 0)."""
+        codes = self.wait(timeout=300)
+        assert set(codes) <= set(allowed or [0]), f"{codes}:\n{self.log.read_text()[-4000:]}"
+        return time.monotonic() - self.began
+
+
 def ranks(processes: int, log: Path, name: str, *args, exitcode: int = 0) -> str:
-    """What a script prints in that many processes, with torchrun's environment, but forked: a quick start."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["train", "recognize", "deepspeed", "conftest"])
-    workers = [
-        forkserver.Process(target=one_rank, args=(rank, processes, port, log, name, args))
-        for rank in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=300)
-        worker.kill()
-    assert [worker.exitcode for worker in workers] == [exitcode] * processes, log.read_text()[-4000:]
+    """What a script prints in that many processes."""
+    Run(log, processes, name, *args).end(exitcode)
     return log.read_text()
 
 
 def one_rank(rank: int, processes: int, port: str, log: Path, name: str, args: tuple) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers; inherited was forkserver
+    os.setsid()  # so that it can be killed together with its loader's workers
     os.chdir(ROOT)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    sys.stdout.reconfigure(line_buffering=True)
+    if processes:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     script(name, *args)
 
 
