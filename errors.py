@@ -8,7 +8,9 @@ class Refused(SystemExit, ValueError):
 
     def __init__(self, told: str):
         # a DataLoader's worker tells it once more, behind its traceback
-        self.told = told.rpartition("Refused: error: ")[2].rstrip()
+        told = told.rpartition("Refused: error: ")[2].rstrip()
+        # a file's name may hold line breaks, and what a terminal obeys
+        self.told = "".join(char if char.isprintable() else " " for char in told)
         super().__init__("error: " + self.told)
 
 
