@@ -20,4 +20,5 @@ def refusing(told: str, *errors: type[Exception]):
     try:
         yield
     except errors as error:
-        raise Refused(f"{told}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # which says nothing
+        raise Refused(f"{told}: {kind}{' '.join(str(error).split())}") from error

@@ -59,7 +59,10 @@ decode = json.JSONDecoder(object_pairs_hook=once).decode
 def read_line(line: bytes, where: str) -> dict:
     """The JSON of a line. Raises Refused with `where`."""
     with refusing(f"{where}: not a line of JSON in UTF-8", ValueError, RecursionError):
-        record = decode(line.decode("utf-8"))
+        try:
+            record = decode(line.decode("utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error.msg} at character {error.pos + 1}") from error  # of line 1, it says
         if b"\\u" in line:
             json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
     return record
@@ -84,7 +87,7 @@ def read_record(record: dict, where: str, folder: str, seconds: float | None = N
         seconds = math.nan
         with suppress(*AUDIO_ERRORS):
             if os.path.isfile(path):  # opening a pipe would wait for ever
-                seconds = soundfile.info(path).duration - record.get("start", 0)
+                seconds = soundfile.info(os.path.abspath(path)).duration - record.get("start", 0)
     key = record.get("key", os.path.splitext(os.path.basename(path))[0])
     return Utterance(record, where, path, float(seconds), key, record.get("target", record.get("txt")))
 
@@ -106,7 +109,8 @@ def read_audio(utterance: Utterance) -> np.ndarray:
     record, where = utterance.record, f"{utterance.where}: {utterance.path}"
     if not os.path.isfile(utterance.path):
         raise Refused(f"{utterance.where}: no such audio file: {utterance.path}")
-    with refusing(where, *AUDIO_ERRORS), soundfile.SoundFile(utterance.path) as file:
+    path = os.path.abspath(utterance.path)  # to libsndfile "-" is stdin, which would wait for ever
+    with refusing(where, *AUDIO_ERRORS), soundfile.SoundFile(path) as file:
         rate, wav = file.samplerate, re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
         if wav and int(wav[2]) < int(wav[1]) < 2**31 - 1:  # what streams has a length of 2^31 - 1 or 2^32 - 1
             raise ValueError(f"cut short, {wav[2]} of {wav[1]} bytes are there")
