@@ -208,7 +208,10 @@ class Manifest:
     @property
     def seconds(self) -> np.ndarray:
         """float32 (utterances,), nan where unknown."""
-        return self.index["seconds"] if self.lines is None else self.index["seconds"][self.lines]
+        return self.seconds_of(slice(None))
+
+    def seconds_of(self, which: np.ndarray | slice) -> np.ndarray:
+        return self.index["seconds"][which if self.lines is None else self.lines[which]]
 
     def __getitem__(self, i: int) -> Utterance:
         if not 0 <= i < len(self):

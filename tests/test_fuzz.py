@@ -1,6 +1,13 @@
 """Files that bits were lost from: each is refused by one line that says where, or means what it should.
 
-No decoder knows what is wrong with a file that is still well formed. WHAT
+What no decoder can know, as shares of 1,450 files of 0.7 s so changed, for each container:
+
+- that samples were changed, where nothing checks them: 44 % of wav, 30 % of mp3, 8 % of wav of floats; none
+  of flac, vorbis and opus, which bear checksums;
+- without `duration`, that there was more, or at another rate: 25 % of mp3, 1 % of opus and flac, 0.1 % of
+  wav. Cut at each percent of 20 s, wav, flac and mp3 are always refused; ogg and opus, at 91 and 93 places
+  of 99, are taken for one that ends with its last whole page, of 1 s; aiff, au, w64 and rf64 are always
+  taken. With `duration`, what lacks more than 0.1 s is refused.
 """
 
 import faulthandler
