@@ -180,15 +180,12 @@ class LengthSampler(torch.utils.data.Sampler):
         return len(self.dataset.utterances)
 
     def __iter__(self):
-        random, seconds = (
-            np.random.default_rng((self.seed, self.dataset.epoch)),
-            self.dataset.utterances.seconds,
-        )
+        random = np.random.default_rng((self.seed, self.dataset.epoch))
         order = np.arange(len(self), dtype=np.int32)  # in place, and no more: there may be 10^7
         random.shuffle(order)
         for start in range(0, len(order), 50 * self.step):
             pool = order[start : start + 50 * self.step]
-            pool = pool[np.argsort(seconds[pool], kind="stable")]
+            pool = pool[np.argsort(self.dataset.utterances.seconds_of(pool), kind="stable")]
             whole = len(pool) // self.step  # a last step that is not full stays last
             for i in [*random.permutation(whole), whole]:
                 yield from pool[i * self.step : (i + 1) * self.step].tolist()

@@ -8,7 +8,9 @@ class Refused(SystemExit, ValueError):
 
     def __init__(self, told: str):
         # a DataLoader's worker tells it once more, behind its traceback
-        self.told = told.rpartition("Refused: error: ")[2].rstrip()
+        told = told.rpartition("Refused: error: ")[2].rstrip()
+        # a file's name may hold line breaks, and what a terminal obeys
+        self.told = "".join(char if char.isprintable() else " " for char in told)
         super().__init__("error: " + self.told)
 
 
@@ -18,4 +20,5 @@ def refusing(told: str, *errors: type[Exception]):
     try:
         yield
     except errors as error:
-        raise Refused(f"{told}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # which says nothing
+        raise Refused(f"{told}: {kind}{' '.join(str(error).split())}") from error

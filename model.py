@@ -7,6 +7,7 @@ the LLM), positions (prompt, speech and target in the LLM's input), n_mels, enco
 import json
 import os
 from dataclasses import asdict
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,8 @@ class SpeechLLM(nn.Module):
 
 def load_llm(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A causal LLM of transformers, in its checkpoint's dtype unless told otherwise. Raises Refused."""
-    with refusing(f"--llm_model_name_or_path {name}: not a causal LLM", OSError, ValueError, SafetensorError):
+    errors = OSError, ValueError, SafetensorError, UnpicklingError
+    with refusing(f"--llm_model_name_or_path {name}: not a causal LLM", *errors):
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
 
 

@@ -300,6 +300,9 @@ class Lengths(list):
     def seconds(self) -> np.ndarray:
         return np.array(self, np.float32)
 
+    def seconds_of(self, which: np.ndarray) -> np.ndarray:
+        return self.seconds[which]
+
 
 def aishell_like(utterances: int, seed: int = 0) -> SimpleNamespace:
     """What the sampler sees of a data set with AISHELL's lengths."""
