@@ -155,7 +155,7 @@ class Recordings(SpeechDataset):
 
 
 def collate(examples: list[dict], side: str = "right") -> dict:
-    """Examples -> a batch. Text is padded at `side`: right to train, left to generate; speech always right."""
+    """Examples -> a batch. Text is padded at `side`, right to train, left to generate; speech at right."""
     batch = {name: [example[name] for example in examples] for name in examples[0]}
     batch["frames"] = torch.stack(batch["frames"])
     if "mel" in batch:
