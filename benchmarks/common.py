@@ -147,7 +147,7 @@ def _peak(sender, device: str, work: Callable, *args) -> None:
     if device == "cuda":
         work(*args)
         return sender.send(torch.cuda.max_memory_allocated())
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed is given back at once
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed is given back at once
     _micro_step()  # else 45 MB of libtorch's code, read for the first time, would count
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     work(*args)
