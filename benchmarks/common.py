@@ -20,7 +20,8 @@ from transformers.models import llama, qwen2
 from whisper.model import ModelDimensions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from model import Encoder, SpeechLLM, fingerprint  # noqa: E402
+from encoder import Encoder  # noqa: E402
+from model import SpeechLLM, fingerprint  # noqa: E402
 
 OF_SIZE = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
 LLMS = {  # those sizes, and whether the LM head is the embedding table

@@ -49,8 +49,6 @@ class Arm(SpeechLLM):
 
     @torch.no_grad()
     def encode(self, mel, frames):
-        if "cache" in self.off:
-            return mel
         if self.off >= {"encoder", "positions"}:  # as openai-whisper does, without a mask
             return AudioEncoder.forward(self.encoder, mel)
         encoded = super().encode(mel, frames)
@@ -58,10 +56,10 @@ class Arm(SpeechLLM):
             F.pad(encoded, (0, 0, 0, WINDOW // 2 - encoded.shape[1])) if "positions" in self.off else encoded
         )
 
-    def embed(self, mel, frames, input_ids, speech_mask):
+    def embed(self, input_ids, speech_mask, frames, **speech):
         if "positions" not in self.off:
-            return super().embed(mel, frames, input_ids, speech_mask)
-        speech = self.projector(self.encode(mel, frames), torch.full_like(frames, WINDOW))
+            return super().embed(input_ids, speech_mask, frames, **speech)
+        speech = self.projector(self.encode(speech["mel"], frames), torch.full_like(frames, WINDOW))
         embeddings = self.llm.get_input_embeddings()(input_ids).clone()
         embeddings[speech_mask] = speech.flatten(0, 1).to(embeddings.dtype)
         return embeddings
@@ -100,9 +98,9 @@ def make_batch(model: Arm, seconds: np.ndarray, off: set[str], device: str) -> d
     if "cache" in off:
         features = [
             SpeechLLM.encode(model, mel[None, :, :length], length[None])[0]
-            for mel, length in zip(batch["mel"], batch["frames"])
+            for mel, length in zip(batch.pop("mel"), batch["frames"])
         ]
-        batch["mel"] = pad_sequence(features, batch_first=True)
+        batch["encoded"] = pad_sequence(features, batch_first=True)
     return batch
 
 
@@ -130,7 +128,8 @@ def longest(shape: str, device: str, off: set[str], seconds: np.ndarray) -> None
     if "cache" in off:  # made elsewhere
         frames, width = np.round(100 * seconds).astype(int), model.encoder.dims.n_audio_state
         batch = make_batch(model, seconds, off - {"cache"}, device)
-        batch["mel"] = torch.randn(len(seconds), (max(frames) + 1) // 2, width, device=device)
+        del batch["mel"]
+        batch["encoded"] = torch.randn(len(seconds), (max(frames) + 1) // 2, width, device=device)
     else:
         batch = make_batch(model, seconds, off, device)
     train(model, optimizer, [batch] * 2, off, device)
