@@ -48,8 +48,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.append(str(Path(__file__).parents[1]))
 from dataset import INSTRUCTION_SLOT, SPEECH_SLOT, render_prompt  # noqa: E402
+from encoder import Encoder, encoder_len  # noqa: E402
 from manifest import read_audio, read_manifest  # noqa: E402
-from model import IGNORE, Encoder, encoder_len  # noqa: E402
+from model import IGNORE  # noqa: E402
 
 SHIPPED = Path(__file__).parent / "backbones"
 DIMS = whisper.model.ModelDimensions(

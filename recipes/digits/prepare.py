@@ -4,8 +4,8 @@
 
 `fsdd` holds train.jsonl and test.jsonl of the Free Spoken Digit Dataset (6 speakers, 8 kHz; test = takes 0 to
 4), with wav, txt and speaker. Writes 3,000 training strings of training takes and 200 test strings of test
-takes, with 0.05 to 0.2 s of silence between digits; and the test strings again, one after the other with 0.3
-to 0.6 s of silence between them, as one file of ten minutes (long.jsonl). 15 seconds.
+takes, with 0.05 to 0.2 s of silence between digits and up to 0.5 s at either end; and the test strings one
+after the other, as one file of ten minutes (long.jsonl). 15 seconds.
 """
 
 import argparse
@@ -38,16 +38,20 @@ def main():
             for i in trange(count, desc=split):
                 speaker = rng.choice(sorted(takes))
                 digits = rng.choices(takes[speaker], k=rng.randint(3, 6))
-                parts = [digits[0][1]]
-                for _, waveform in digits[1:]:
-                    parts += [np.zeros(int(rng.uniform(0.05, 0.2) * rate), dtype=np.int16), waveform]
-                string = np.concatenate(parts)
+                pauses = [
+                    rng.uniform(0, 0.5),
+                    *(rng.uniform(0.05, 0.2) for _ in digits[1:]),
+                    rng.uniform(0, 0.5),
+                ]
+                silences = [np.zeros(int(pause * rate), dtype=np.int16) for pause in pauses]
+                parts = [part for silence, (_, digit) in zip(silences, digits) for part in (silence, digit)]
+                string = np.concatenate([*parts, silences[-1]])
                 key = f"{split}-{i:04d}"
                 soundfile.write(args.output_dir / f"wav/{key}.wav", string, rate)
                 record = {"wav": f"wav/{key}.wav", "txt": " ".join(word for word, _ in digits), "key": key}
                 record |= {"duration": round(len(string) / rate, 3), "speaker": speaker}
                 manifest.write(json.dumps(record) + "\n")
-                strings += [string, np.zeros(int(rng.uniform(0.3, 0.6) * rate), dtype=np.int16)]
+                strings.append(string)
                 texts.append(record["txt"])
 
     soundfile.write(args.output_dir / "wav/long.wav", np.concatenate(strings), rate)
