@@ -9,6 +9,7 @@ Legend: batch (utterances still searched), beams (1 at the root, then num_beams)
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from dataset import Recordings, collate
 from errors import Refused
 from model import SpeechLLM
+from sampler import by_seconds
 
 
 class Search:
@@ -121,21 +123,20 @@ def transcribe(
     recordings: Recordings,
     items: list[tuple],
     num_beams=3,
+    batch_seconds=480.0,
     batch_size=16,
     max_new_tokens=None,
 ) -> list[dict]:
     """items of `recordings` -> {hyp, score, cut: whether a limit of tokens ended it} or {error} of each.
 
-    The parts of all are decoded by length, `batch_size` at a time; score: mean log-probability per token.
+    The parts of all are decoded in batches `by_seconds`; score: mean log-probability per token.
     """
     device, tokenizer = next(model.parameters()).device, recordings.tokenizer
     end_ids = [recordings.end_of_turn_id]
     end_ids += {tokenizer.eos_token_id} - {None, *end_ids}
     examples = [example for parts, _ in items for example in parts]
-    order = sorted(range(len(examples)), key=lambda k: -examples[k]["frames"])
-    hyps = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    seconds, hyps = np.array([int(example["frames"]) / 100 for example in examples]), {}
+    for chosen in by_seconds(seconds, batch_seconds, batch_size):
         batch = collate([examples[k] for k in chosen], side="left")
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         limits = [max_new_tokens or 64 + frames // 4 for frames in batch["frames"].tolist()]  # 25 a second

@@ -66,7 +66,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.before, self.after = config["prompt"].split(SPEECH_SLOT)
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids(config["end_of_turn"])
         self.features = None  # a FeatureCache, if audio is not to be encoded again
-        self.epoch = 0  # which of its orders LengthSampler takes
+        self.epoch = 0  # which of its orders a sampler takes
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -121,8 +121,10 @@ class SpeechDataset(torch.utils.data.Dataset):
             return {**text, "labels": torch.tensor([IGNORE] * prompt_len + target)}
         return {**text, "attention_mask": torch.ones(prompt_len, dtype=torch.long)}
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | list[int]) -> dict | list[dict]:
         """Speech, text and target; `where` they stand; the `faults` of those that they replace."""
+        if isinstance(index, list):  # a batch of SecondsSampler
+            return [self[i] for i in index]
         faults = []
         for i in range(index, index + 100):
             try:
@@ -156,6 +158,7 @@ class Recordings(SpeechDataset):
 
 def collate(examples: list[dict], side: str = "right") -> dict:
     """Examples -> a batch. Text is padded at `side`, right to train, left to generate; speech at right."""
+    examples = examples[0] if isinstance(examples[0], list) else examples
     batch = {name: [example[name] for example in examples] for name in examples[0]}
     batch["frames"] = torch.stack(batch["frames"])
     if "mel" in batch:
@@ -165,30 +168,6 @@ def collate(examples: list[dict], side: str = "right") -> dict:
     for name in PADDING.keys() & batch.keys():
         batch[name] = pad_sequence(batch[name], True, PADDING[name], padding_side=side)
     return batch
-
-
-class LengthSampler(torch.utils.data.Sampler):
-    """Indices, each `step` of them of utterances of like length, in an order set by seed and epoch.
-
-    Shuffled, cut into pools of 50 steps; a pool is sorted, cut into steps, and its steps are shuffled.
-    """
-
-    def __init__(self, dataset: SpeechDataset, step: int, seed: int):
-        self.dataset, self.step, self.seed = dataset, step, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset.utterances)
-
-    def __iter__(self):
-        random = np.random.default_rng((self.seed, self.dataset.epoch))
-        order = np.arange(len(self), dtype=np.int32)  # in place, and no more: there may be 10^7
-        random.shuffle(order)
-        for start in range(0, len(order), 50 * self.step):
-            pool = order[start : start + 50 * self.step]
-            pool = pool[np.argsort(self.dataset.utterances.seconds_of(pool), kind="stable")]
-            whole = len(pool) // self.step  # a last step that is not full stays last
-            for i in [*random.permutation(whole), whole]:
-                yield from pool[i * self.step : (i + 1) * self.step].tolist()
 
 
 if __name__ == "__main__":

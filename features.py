@@ -65,10 +65,8 @@ class FeatureCache:
         with refusing(f"{utterance.where}: {path}", OSError, SafetensorError):
             return load_file(path)
 
-    def fill(self, model: SpeechLLM, dataset: SpeechDataset, batch_size: int, workers: int, share: slice):
-        """Computes what is missing of the batches in `share`; a killed run leaves whole files, or none."""
-        order = np.argsort(-dataset.utterances.seconds, kind="stable")
-        batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)][share]
+    def fill(self, model: SpeechLLM, dataset: SpeechDataset, batches: list[np.ndarray], workers: int):
+        """Computes what is missing of those batches of indices; killed, it leaves whole files, or none."""
         loader = torch.utils.data.DataLoader(
             Missing(self, dataset), batch_sampler=batches, collate_fn=list, num_workers=workers
         )

@@ -26,6 +26,7 @@ from errors import Refused
 from manifest import MAX_SECONDS, Utterance, read_manifest, read_record
 from model import SpeechLLM, load_config, load_llm, load_projector
 from resumable import Parts
+from sampler import by_seconds
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     add("--part_seconds", type=float, default=30, help="cut what is longer; at least 1, default and most: 30")
     add("--num_beams", type=int, default=3, help="default: 3")
     add("--batch_size", type=int, default=16, help="utterances decoded together; default: 16")
+    add("--batch_seconds", type=float, help="fill batches with this much audio, padding included, instead")
     add("--max_new_tokens", type=int, help="default: 64, and 25 for each second of audio")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="default: the LLM's own")
     args = parser.parse_args()
@@ -53,18 +55,6 @@ def parse_args() -> argparse.Namespace:
     if not 1 <= args.part_seconds <= MAX_SECONDS:
         parser.error(f"--part_seconds must be from 1 to {MAX_SECONDS}")
     return args
-
-
-def in_batches(seconds: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Indices, the longest first, in batches of at most that many, and of 30 s times that, or of one."""
-    batches, total = [], 0.0
-    for index in np.argsort(-seconds, kind="stable").tolist():
-        total += seconds[index]
-        if not batches or len(batches[-1]) == batch_size or total > batch_size * MAX_SECONDS:
-            batches.append([])
-            total = seconds[index]
-        batches[-1].append(index)
-    return batches
 
 
 def as_line(utterance: Utterance, result: dict, txt: bool) -> str:
@@ -94,7 +84,10 @@ def main() -> None:
     else:
         utterances = [read_record({"wav": path}, path, "") for path in args.audio]
     seconds = np.nan_to_num([utterance.seconds for utterance in utterances])
-    batches = in_batches(seconds, args.batch_size)
+    limits = args.batch_size * MAX_SECONDS, args.batch_size
+    if args.batch_seconds:
+        limits = args.batch_seconds, None
+    batches = by_seconds(seconds, *limits)
     settings = {**vars(args), "llm": llm_name, "whisper": whisper_name, "config": config}
     for name, file in (("projector", path), ("data", args.data_path or path)):
         with open(file, "rb") as content:
@@ -116,9 +109,7 @@ def main() -> None:
     total = sum(seconds[index] for indices in sampler for index in indices)
     with tqdm(total=total, unit="s of audio", unit_scale=True) as progress:
         for number, items in zip(mine, loader):
-            done[number] = transcribe(
-                model, recordings, items, args.num_beams, args.batch_size, args.max_new_tokens
-            )
+            done[number] = transcribe(model, recordings, items, args.num_beams, *limits, args.max_new_tokens)
             for index, result in zip(batches[number], done[number]):
                 if result.pop("cut", False):
                     tqdm.write(f"{utterances[index].where}: cut at its limit of tokens", file=sys.stderr)

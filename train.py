@@ -25,6 +25,7 @@ from encoder import load_encoder
 from features import FeatureCache
 from manifest import MAX_SECONDS, read_manifest
 from model import SpeechLLM, fingerprint, load_llm
+from sampler import by_seconds
 from trainer import ProjectorTrainer, Watch, newest_checkpoint, probe
 
 
@@ -44,6 +45,7 @@ class DataArguments:
     eval_data_path: str | None = HfArg(default=None, help="Manifest for the loss at each --eval_strategy.")
     feature_cache: str | None = HfArg(default=None, help="Folder for what the encoder hears, computed once.")
     model_max_length: int = HfArg(default=512, help="Most positions (prompt, speech, target) of an example.")
+    max_batch_seconds: float | None = HfArg(default=None, help="Batches of this much audio, with padding.")
     max_bad_audio: float = HfArg(default=0.01, help="Stop if more of the utterances than this share are bad.")
 
 
@@ -89,6 +91,9 @@ def main() -> None:
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         cache = FeatureCache(data_args.feature_cache, encoder, model_args.encoder_window, dtype)
 
+    if data_args.max_batch_seconds:
+        args.per_device_train_batch_size = 1  # list of indices, which is a batch
+
     def examples(path: str) -> SpeechDataset:
         with args.main_process_first():
             utterances = read_manifest(path)
@@ -98,9 +103,10 @@ def main() -> None:
         dataset = SpeechDataset(utterances, tokenizer, config, model.projector.speech_len, most)
         dataset.check_positions()
         if cache:
-            share = slice(args.process_index, None, args.world_size)
             encoder.to(args.device)
-            cache.fill(model, dataset, args.per_device_train_batch_size, args.dataloader_num_workers, share)
+            most = data_args.max_batch_seconds or MAX_SECONDS * args.per_device_train_batch_size
+            mine = by_seconds(utterances.seconds, most)[args.process_index :: args.world_size]
+            cache.fill(model, dataset, mine, args.dataloader_num_workers)
             dataset.features = cache
         return dataset
 
@@ -111,7 +117,7 @@ def main() -> None:
         eval_dataset=examples(data_args.eval_data_path) if data_args.eval_data_path else None,
         data_collator=collate,
     )
-    trainer.projector_config = config
+    trainer.projector_config, trainer.max_batch_seconds = config, data_args.max_batch_seconds
     trainer.watch = watch = Watch(trainer, data_args.max_bad_audio)
     trainer.add_callback(watch)
     checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)

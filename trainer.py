@@ -8,15 +8,17 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
-from dataset import LengthSampler, SpeechDataset
+from dataset import SpeechDataset
 from errors import Refused, refusing
 from model import save_projector
+from sampler import LengthSampler, SecondsSampler
 
 
 class Watch(TrainerCallback):
@@ -64,15 +66,40 @@ class Watch(TrainerCallback):
 class ProjectorTrainer(Trainer):
     """The Trainer over batches by length, with checkpoints that hold no frozen weight."""
 
-    def _get_train_sampler(self, train_dataset: SpeechDataset | None = None) -> LengthSampler:
-        step = self.args.train_batch_size * self.args.world_size  # all ranks have like lengths in a step
-        return LengthSampler(train_dataset or self.train_dataset, step, self.args.seed)
+    max_batch_seconds = None
+    frames = padded = waited = 0  # since the last log: mel frames, the same with padding, seconds
+    since = math.inf
+
+    def _get_train_sampler(self, train_dataset: SpeechDataset | None = None) -> torch.utils.data.Sampler:
+        dataset, args = train_dataset or self.train_dataset, self.args
+        if self.max_batch_seconds:
+            return SecondsSampler(dataset, self.max_batch_seconds, args.seed)
+        step = args.train_batch_size * args.world_size  # all ranks have like lengths in a step
+        return LengthSampler(dataset, step, args.seed)
+
+    def get_batch_samples(self, *args, **kwargs):
+        start = time.monotonic()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.waited += time.monotonic() - start
+        self.since = min(self.since, start)
+        return samples
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        loss, frames = super().compute_loss(model, inputs, *args, **kwargs), inputs["frames"]
         if model.training:
             self.watch.met.append((inputs["where"], sum(inputs["faults"], []), loss.detach()))
+            longest = inputs["mel"].shape[-1] if "mel" in inputs else frames.max()
+            self.frames, self.padded = self.frames + frames.sum(), self.padded + len(frames) * longest
         return loss
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        """Adds what of this rank's speech was padding, and what of its time it waited for data."""
+        if "loss" in logs:
+            logs["padding"] = round(1 - float(self.frames / self.padded), 4)
+            logs["data_wait"] = round(self.waited / (time.monotonic() - self.since), 4)
+            self.frames = self.padded = self.waited = 0
+            self.since = math.inf
+        super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the projector, whole and in float32 under DeepSpeed too, and its config. For all ranks."""

@@ -18,8 +18,9 @@ import numpy as np
 import soundfile
 import torch
 
-from dataset import LengthSampler, SpeechDataset, collate
+from dataset import SpeechDataset, collate
 from manifest import MAX_SECONDS, read_manifest
+from sampler import LengthSampler
 
 CONFIG = {"prompt": "<|speech|><|instruction|>", "end_of_turn": "", "encoder_window": "utterance"}
 CONFIG |= {"encoder_dims": {"n_mels": 80}}

@@ -17,7 +17,6 @@ from dataset import (
     INSTRUCTION,
     INSTRUCTION_SLOT,
     SPEECH_SLOT,
-    LengthSampler,
     Recordings,
     SpeechDataset,
     collate,
@@ -26,6 +25,7 @@ from dataset import (
 )
 from manifest import read_audio, read_manifest
 from model import IGNORE
+from sampler import LengthSampler, SecondsSampler, by_seconds
 
 # ---- prompt ----
 
@@ -380,3 +380,25 @@ def test_only_the_last_step_is_not_full():
     for dataset.epoch in range(3):
         lasts.add(tuple(steps(dataset, 8)[-1]))
     assert len(lasts) == 3
+
+
+@pytest.mark.parametrize("utterances, most", [(1, 40), (1000, 40), (1000, 2), (997, 333.3)])
+def test_batches_of_so_many_seconds(utterances, most):
+    dataset = aishell_like(utterances)
+    seconds, epochs = dataset.utterances.seconds, []
+    for dataset.epoch in range(3):
+        sampler = SecondsSampler(dataset, most, 0)
+        epochs.append(list(sampler))
+        assert epochs[-1] == list(sampler) and len(epochs[-1]) == len(sampler)
+        assert sorted(sum(epochs[-1], [])) == list(range(utterances))
+        assert all(len(batch) == 1 or seconds[batch].max() * len(batch) <= most for batch in epochs[-1])
+    if utterances == 1000 and most == 40:
+        assert padding_share(dataset, epochs[0]) < 0.05
+        assert sum(map(len, epochs[0])) / len(epochs[0]) > 7  # of 8.9 that would be full
+        companies = [{frozenset(batch) for batch in epoch} for epoch in epochs]
+        assert len(companies[0] & companies[1]) < 0.1 * len(epochs[0])
+
+
+def test_by_seconds_takes_the_longest_first():
+    batches = by_seconds(np.array([3.0, 50.0, 0.0, 9.0, 9.5]), 20, 2)
+    assert [batch.tolist() for batch in batches] == [[1], [4, 3], [0, 2]]

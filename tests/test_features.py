@@ -18,6 +18,7 @@ from errors import Refused
 from features import FeatureCache
 from manifest import read_audio, read_manifest
 from model import SpeechLLM, fingerprint, load_llm
+from sampler import by_seconds
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def parts(toy) -> tuple[SpeechLLM, SpeechDataset]:
 
 def filled(folder: Path, model: SpeechLLM, dataset: SpeechDataset) -> FeatureCache:
     cache = FeatureCache(str(folder), model.encoder, "real", torch.float32)
-    cache.fill(model, dataset, batch_size=4, workers=0, share=slice(None))
+    cache.fill(model, dataset, by_seconds(dataset.utterances.seconds, 1e9, 4), workers=0)
     return cache
 
 

@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+import dataset
 import encoder
 import model
 import train
+from manifest import read_manifest
 from trainer import Watch, newest_checkpoint
 
 WEST = """
@@ -583,3 +585,32 @@ def test_a_refused_run_ends_with_one_line_and_an_exit_code(toy, tmp_path):
     told = run("train.py", *data(toy, tmp_path), "--whisper_model_name_or_path", whisper, ok=False)
     assert told.splitlines()[-1].startswith(f"error: --whisper_model_name_or_path {whisper}: ")
     assert "Traceback" not in told
+
+
+def test_batches_of_so_many_seconds_train_on_each_utterance_once_an_epoch(toy, tmp_path, monkeypatch):
+    sizes, seen, collated = [], [], dataset.collate
+
+    def collate(examples):
+        batch = collated(examples)
+        sizes.append(len(batch["where"]) * batch["mel"].shape[-1] / 100)
+        seen.extend(batch["where"])
+        return batch
+
+    monkeypatch.setattr(dataset, "collate", collate)
+    out = train_here(toy, tmp_path, "--max_batch_seconds", "5", "--num_train_epochs", "2")
+    assert (
+        max(sizes) <= max(5, read_manifest(str(toy / "data.jsonl")).seconds.max())
+        and len(set(map(int, sizes))) > 1
+    )
+    assert sorted(seen) == sorted(2 * [f"{toy / 'data.jsonl'}:{line}" for line in range(1, 13)])
+    assert len(logged(out, "loss")) == len(sizes)
+
+
+def test_padding_and_waiting_are_logged(toy, tmp_path):
+    out = train_here(toy, tmp_path, "--logging_steps", "3", "--num_train_epochs", "1")
+    by_length, (wait,) = logged(out, "padding"), logged(out, "data_wait")
+    assert 0 < by_length[0] < 0.5 and 0 < wait < 1
+    alone = train_here(toy, tmp_path / "1", "--per_device_train_batch_size", "1", "--max_steps", "2")
+    assert logged(alone, "padding") == [0, 0]
+    window = ("--encoder_window", "30s", "--max_steps", "1", "--per_device_train_batch_size", "1")
+    assert logged(train_here(toy, tmp_path / "30", *window), "padding")[0] > 0.5
