@@ -1,8 +1,9 @@
-"""recipes/librispeech and recipes/aishell, on miniatures of the official folders; with real recordings if any."""
+"""recipes/librispeech and recipes/aishell, on miniatures of the official folders."""
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -115,8 +116,8 @@ def test_librispeech(librispeech, tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare("librispeech", "--librispeech", librispeech, "--output_dir", out) == 1
     told = capsys.readouterr().out
-    assert "test-clean: 3 utterances, 0.00 h; 2620 should be there\n" in told
-    assert "train-other-500: 1 utterances, 0.00 h; 148688 should be there\n" in told
+    assert re.search(r"^test-clean: 3 utterances, 0\.\d\d h; 2620 should be there$", told, re.M)
+    assert re.search(r"^train-other-500: 1 utterances, 0\.\d\d h; 148688 should be there$", told, re.M)
     records = read(out / "test-clean.jsonl")
     keys = [key for key, split in LIBRISPEECH.items() if split == "test-clean"]
     assert [record["key"] for record in records] == keys
@@ -132,7 +133,7 @@ def test_aishell(aishell, tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare("aishell", "--aishell", aishell, "--output_dir", out) == 1
     told = capsys.readouterr().out
-    assert "test: 4 utterances, 0.00 h; 7176 should be there\n" in told
+    assert re.search(r"^test: 4 utterances, 0\.\d\d h; 7176 should be there$", told, re.M)
     assert "without a transcript, left out: 1 recordings; 325 should be there\n" in told
     for split, speakers in AISHELL.items():
         keys = [f"BAC009{speaker}W0{number}" for speaker in speakers for number in (122, 123)]

@@ -3,7 +3,8 @@
     python recipes/aishell/prepare.py --aishell data_aishell --output_dir exp/aishell
 
 Prints what each holds; ends with 1 where the published corpus holds another number. 325 of its 141,925
-recordings have no transcript: they are counted and left out.
+recordings have no transcript: they are counted and left out. 20 s for as many files on 2 cores, once they
+are in memory.
 """
 
 import argparse

