@@ -65,7 +65,7 @@ class FeatureCache:
             return load_file(path)
 
     def fill(self, model: SpeechLLM, dataset: SpeechDataset, batches: list, workers: int, device="cpu"):
-        """Gives `dataset` its features, and computes those that it lacks of these batches (arrays of indices).
+        """Gives `dataset` its features, and computes what it lacks of these batches (arrays of indices).
 
         Killed, it leaves whole files, or none.
         """

@@ -10,7 +10,8 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = ["model.py", "dataset.py", "train.py", "recognize.py"]
-OTHERS = "beam_search continuation encoder errors features hallucination manifest plot resumable sampler score trainer"
+OTHERS = """beam_search continuation encoder errors evaluation features hallucination manifest plot
+    resumable sampler score trainer"""
 OTHERS = [f"{name}.py" for name in OTHERS.split()]
 COMMANDS = [
     line.strip()
