@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import unicodedata
 from collections import Counter
@@ -318,18 +319,19 @@ def main(argv: list[str] | None = None) -> int:
     summary = summarize(utterances, counts, unit, args.normalizer)
     worst_first = sorted(utterances, key=lambda utterance: (-utterance.errors, utterance.key))
 
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        page = report(worst_first, summary, unit, args.html.parent)
+        args.html.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal has no such letters
     print(summary)
     for utterance in worst_first[:5]:
         if utterance.errors:
             kind = f", {utterance.kind}" if utterance.kind else ""
             print(f"\n{utterance.key}, errors: {utterance.errors}{kind}\n{three_lines(utterance.pairs)}")
-    if args.html:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        page = report(worst_first, summary, unit, args.html.parent)
-        args.html.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return failed
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, without a traceback
     sys.exit(main())

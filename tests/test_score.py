@@ -517,3 +517,13 @@ def test_text_that_no_terminal_can_show_is_scored(tmp_path, capsys):
     assert (
         code == 0 and rates(out)[0][2] == "1" and "&#55357;" in (tmp_path / "report.html").read_text("utf-8")
     )
+
+
+def test_head_ends_it_silently(tmp_path):
+    result, report = write(tmp_path / "result.jsonl", records_of(random_pairs(1))), tmp_path / "r.html"
+    read, write_end = os.pipe()
+    os.close(read)  # as head does once it has its lines
+    command = [sys.executable, ROOT / "score.py", result, "--html", report]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert done.stderr == "" and report.read_text("utf-8").rstrip().endswith("</html>")
