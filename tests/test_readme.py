@@ -10,7 +10,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = ["model.py", "dataset.py", "train.py", "recognize.py"]
-OTHERS = ["beam_search.py", "continuation.py", "score.py", "hallucination.py"]
+OTHERS = ["beam_search.py", "continuation.py", "score.py", "report.py", "hallucination.py"]
 COMMANDS = [
     line.strip()
     for text in [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("recipes/*/*.sh"))]
