@@ -14,14 +14,13 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
-COLUMNS = ["utterances", "units", "rate, %", "ins", "del", "sub"]
 FORMS = {"": "{0}", "I": "<ins>{1}</ins>", "D": "<del>{0}</del>", "S": "<s>{0}</s><b>{1}</b>"}
 
 
 def make_page(summary: str, tables: list[tuple], utterances: list, unit: str, folder: Path) -> str:
     """The page, to be put in `folder`, of score.py's summary, tables and aligned Utterances, as they come.
 
-    A table is what it is by, and a row for each group of utterances: its name, then COLUMNS.
+    A table is what it is by, and a row for each group of utterances: its name and six numbers.
     """
     first, rate, *others = map(html.escape, summary.split("\n"))
     if not any(utterance.wav.is_file() for utterance in utterances):
@@ -34,13 +33,22 @@ def make_page(summary: str, tables: list[tuple], utterances: list, unit: str, fo
         script=SCRIPT,
         summary="".join(f"<{tag}>{line}</{tag}>" for tag, line in [("p", first), ("h1", rate)])
         + "".join(f"<p>{line}</p>" for line in others),
-        tables="".join(make_table(name, rows) for name, rows in tables),
+        tables="".join(make_table(name, rows, unit) for name, rows in tables),
         rows="\n".join(make_row(utterance, names, unit, folder) for utterance in utterances),
     )
 
 
-def make_table(name: str, rows: list[tuple]) -> str:
-    heads = "".join(f"<th>{html.escape(head)}" for head in [f"by {name}", *COLUMNS])
+def make_table(name: str, rows: list[tuple], unit: str) -> str:
+    heads = [
+        f"by {name}",
+        "utterances",
+        f"{unit}s",
+        "%CER" if unit == "char" else "%WER",
+        "ins",
+        "del",
+        "sub",
+    ]
+    heads = "".join(f"<th>{html.escape(head)}" for head in heads)
     lines = []
     for group, *numbers in rows:
         cells = "".join(f"<td>{n:.2f}" if isinstance(n, float) else f"<td>{n}" for n in numbers)
@@ -56,10 +64,10 @@ def make_row(utterance, names: list[str], unit: str, folder: Path) -> str:
         spans.append(FORMS[mark].format(ref, hyp))
     units = sum(mark != "I" for mark, _, _ in utterance.pairs)
     seconds = utterance.seconds or 0
-    known = [] if utterance.seconds is None else [f"{seconds:.2f} s"]
+    known = [f"errors: {utterance.errors} / {units}"]
+    known += [] if utterance.seconds is None else [f"{seconds:.2f} s"]
     known += [f"{name}: {utterance.others[name]}" for name in names if name in utterance.others]
-    about = f"{utterance.errors} / {units} <bdi>{html.escape(utterance.key)}</bdi>"
-    about += f"<small>{html.escape(', '.join(known))}</small>"
+    about = f"<bdi>{html.escape(utterance.key)}</bdi><small>{html.escape(', '.join(known))}</small>"
     wrong = [utterance.kind] if utterance.kind else []
     wrong += [] if utterance.error is None else [f"not recognised: {utterance.error}"]
     about += "".join(f"<em>{html.escape(line)}</em>" for line in wrong)
@@ -134,7 +142,8 @@ section div { overflow: auto; max-height: 22em; }
 table { border-collapse: collapse; }
 section, article div { font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #8884; padding: .2em .5em; text-align: end; }
-th:first-child { text-align: start; min-width: 6em; }
+td, thead th { white-space: nowrap; }
+th:first-child { text-align: start; min-width: 6em; white-space: normal; }
 thead th { position: sticky; top: 0; background: Canvas; }
 tbody th { font-weight: normal; }
 nav { position: sticky; top: 0; background: Canvas; padding: .5em 0; }
@@ -151,7 +160,9 @@ article a, audio { display: block; width: 100%; max-width: 19em; height: 2.2em; 
 del, s { color: var(--del); border: 1px dashed; text-decoration: none; } /* a line would hide 一 */
 ins { color: var(--ins); } ins::before { content: "+"; }
 s, b { color: var(--sub); } b::before { content: "\\2192"; }
-@media (max-width: 50em) { article { grid-template-columns: 1fr; } section div { max-width: 100%; } }
+@media (max-width: 50em) {
+  section { font-size: .8em; } section div { max-width: 100%; } th, td { padding: .2em .3em; }
+  article { grid-template-columns: 1fr; } }
 </style>
 <header>$summary</header>
 <section>

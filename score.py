@@ -20,6 +20,7 @@ for English one spelling, and digits for numbers. `basic` destroys Indic and Tha
 --metric: `wer` and `cer` are --unit word and char. `bleu` and `chrf` are sacrebleu's over the corpus, with
 their signature; BLEU's tokenizer is zh for Chinese, char for other scripts without spaces, else 13a. `exact`
 is the share of texts equal to their reference. These three are one line, without an interval or a report.
+--html: a page of the same, also by duration and by each key with few values, and all utterances (report.py).
 """
 
 import argparse
