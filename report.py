@@ -23,7 +23,7 @@ def make_page(summary: str, tables: list[tuple], utterances: list, unit: str, fo
     A table is what it is by, and a row for each group of utterances: its name and six numbers.
     """
     first, rate, *others = map(html.escape, summary.split("\n"))
-    if not any(utterance.wav.is_file() for utterance in utterances):
+    if not any(os.path.isfile(utterance.wav) for utterance in utterances):
         others.append(
             "no audio found beside the result: --ref test.jsonl --hyp result.jsonl looks beside test.jsonl"
         )
@@ -71,7 +71,7 @@ def make_row(utterance, names: list[str], unit: str, folder: Path) -> str:
     wrong = [utterance.kind] if utterance.kind else []
     wrong += [] if utterance.error is None else [f"not recognised: {utterance.error}"]
     about += "".join(f"<em>{html.escape(line)}</em>" for line in wrong)
-    if utterance.wav.is_file():
+    if os.path.isfile(utterance.wav):
         url = quote(os.fsencode(os.path.relpath(utterance.wav, folder)))
         if utterance.start is not None:  # a part of a longer file
             url += f"#t={utterance.start:.3f}" + f",{utterance.start + seconds:.3f}" * bool(seconds)
@@ -144,6 +144,7 @@ section, article div { font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #8884; padding: .2em .5em; text-align: end; }
 td, thead th { white-space: nowrap; }
 th:first-child { text-align: start; min-width: 6em; white-space: normal; }
+thead th { overflow-wrap: break-word; }
 thead th { position: sticky; top: 0; background: Canvas; }
 tbody th { font-weight: normal; }
 nav { position: sticky; top: 0; background: Canvas; padding: .5em 0; }
@@ -161,16 +162,16 @@ del, s { color: var(--del); border: 1px dashed; text-decoration: none; } /* a li
 ins { color: var(--ins); } ins::before { content: "+"; }
 s, b { color: var(--sub); } b::before { content: "\\2192"; }
 @media (max-width: 50em) {
-  section { font-size: .8em; } section div { max-width: 100%; } th, td { padding: .2em .3em; }
+  section { font-size: .75em; } section div { max-width: 100%; } th, td { padding: .2em .3em; }
   article { grid-template-columns: 1fr; } }
 </style>
 <header>$summary</header>
 <section>
 $tables</section>
 <nav>
-<label>Order <select><option value="errors">most errors first<option value="rate">highest rate first
+<label>Order <select autocomplete="off"><option value="errors">most errors first<option value="rate">highest rate first
 <option value="seconds">longest audio first<option value="key">by key</select></label>
-<label>Search <input type="search" placeholder="text, key, loop, ..."></label> <output></output>
+<label>Search <input type="search" autocomplete="off" placeholder="text, key, loop, ..."></label> <output></output>
 </nav>
 <p><del>said, not written</del> <ins>written, not said</ins> <s>said</s><b>written instead</b></p>
 <main>
