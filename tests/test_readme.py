@@ -10,8 +10,8 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = ["model.py", "dataset.py", "train.py", "recognize.py"]
-OTHERS = "beam_search continuation encoder errors features hallucination manifest report resumable sampler score trainer"
-OTHERS = [f"{name}.py" for name in OTHERS.split()]
+OTHERS = "beam_search continuation encoder errors features hallucination manifest"
+OTHERS = [f"{name}.py" for name in f"{OTHERS} report resumable sampler score trainer".split()]
 COMMANDS = [
     line.strip()
     for text in [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("recipes/*/*.sh"))]
