@@ -27,7 +27,8 @@ COMMANDS = {
     "--save_strategy no",
     "recognise": "recognize.py --projector_model_path exp/demo/asr/model.safetensors "
     "--data_path exp/demo/data/test.jsonl --result_path exp/demo/asr/result.jsonl",
-    "score": "score.py exp/demo/asr/result.jsonl --html exp/demo/asr/report.html",
+    "score": "score.py --ref exp/demo/data/test.jsonl --hyp exp/demo/asr/result.jsonl "
+    "--html exp/demo/asr/report.html",
     "recognise shuffled": "recognize.py --projector_model_path exp/demo/asr/model.safetensors "
     "--data_path exp/demo/data/test_shuffled.jsonl --result_path exp/demo/asr/result_shuffled.jsonl",
     "score shuffled": "score.py exp/demo/asr/result_shuffled.jsonl",
