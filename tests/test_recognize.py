@@ -34,8 +34,10 @@ def write(path: Path, records: list[dict]) -> Path:
 
 def recognize(folder: Path, result: Path, *flags) -> Path:
     """`folder`'s projector on its data.jsonl, unless flags say otherwise -> where the result is."""
-    paths = ["--projector_model_path", folder / "exp", "--data_path", folder / "data.jsonl"]
-    script("recognize.py", *paths, "--result_path", result, *flags)
+    paths = ["--data_path", folder / "data.jsonl", "--result_path", result, *flags]
+    if "--projector_model_path" not in flags:  # which, given twice, would be averaged
+        paths += ["--projector_model_path", folder / "exp"]
+    script("recognize.py", *paths)
     return result
 
 
@@ -422,21 +424,13 @@ def test_several_projectors_are_averaged(learned, tmp_path):
     results = {}
     for name, given in {"averaged": (first, other), "mean": (mean,), "first": (first,)}.items():
         flags = [word for folder in given for word in ("--projector_model_path", folder)]
-        path = tmp_path / f"{name}.jsonl"
-        flags += ["--data_path", learned / "scored.jsonl", "--result_path", path]
-        script("recognize.py", *flags, "--max_new_tokens", 5)
-        results[name] = path.read_bytes()
+        results[name] = recognize(
+            learned, tmp_path / f"{name}.jsonl", *flags, "--max_new_tokens", "5"
+        ).read_bytes()
     assert results["averaged"] == results["mean"] != results["first"]
 
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"projector_stride": 4}))
+    flags = ["--projector_model_path", first, "--projector_model_path", other]
     with refused("not of the same config.json"):
-        flags = "--projector_model_path", first, "--projector_model_path", other
-        script(
-            "recognize.py",
-            *flags,
-            "--data_path",
-            learned / "scored.jsonl",
-            "--result_path",
-            tmp_path / "r.jsonl",
-        )
+        recognize(learned, tmp_path / "r.jsonl", *flags)
