@@ -54,7 +54,7 @@ class Shown(Conversation):
         super().__init__()
         self.messages = []
 
-    def show(self, role: str, content: str | dict) -> None:
+    def show(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
 
 
@@ -73,14 +73,14 @@ def take_turn(
             raise Refused("there is no speech yet: record it, or upload a file")
         if not said:
             raise Refused("there is no instruction" if path else "there is no text")
-        heard = listener.hear(path) if path else None
-        if heard is not None:
-            talk.show("user", {"path": path})
+        heard, frames = listener.hear(path) if path else (None, 0)
+        if path:
+            talk.show("user", f"{os.path.basename(path)}, {frames / 100:.1f} s")
             if said != INSTRUCTION:  # else the answer is the transcript
                 alone = Conversation()
                 alone.ask(INSTRUCTION, heard)
                 talk.show("user", "")
-                for _ in listener.write(alone, 64 + int(heard["frames"]) // 4):  # as recognize.py
+                for _ in listener.write(alone, 64 + frames // 4):  # as recognize.py
                     talk.messages[-1]["content"] = f"“{alone.turns[-1]}”"
                     yield False, "listening"
         talk.ask(said, heard)
@@ -98,42 +98,51 @@ def take_turn(
         status = "error: " + told.removeprefix(": ").replace(folder, "")
         for one, items in zip(lists, before):
             one[:] = items
-        talk.cache = None
+        talk.fed = []  # a layer's cache may be longer than another's
     yield False, status
 
 
-def make_page(listener: Listener, instructions: list[str], most: int):
-    """The page, a gradio.Blocks. Raises Refused if gradio is not there."""
+def open_page(listener: Listener, instructions: list[str], most: int, port: int) -> None:
+    """Serves the page until interrupted. Raises Refused if gradio is not there, or the port not free."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with refusing("chat.py needs `pip install -r requirements-chat.txt`", ImportError):
         import gradio
 
-    def answer(*turn):
-        for begins, status in take_turn(listener, most, *turn):
-            yield turn[0], turn[0].messages, status, None if begins else gradio.skip()
+    def answer(talk, *turn):
+        for begins, status in take_turn(listener, most, talk, *turn):
+            yield talk, talk.messages, status, None if begins else gradio.skip()
 
     with gradio.Blocks(title="Ears", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         talk = gradio.State(Shown)
         with gradio.Row():
             with gradio.Column(scale=2, min_width=320):
-                messages = gradio.Chatbot(label="Conversation", render_markdown=False, buttons=["copy"])
+                label = dict(label="Conversation", buttons=["copy"])
+                messages = gradio.Chatbot(**label, height=560, render_markdown=False)
+                typed = gradio.Textbox(label="Type", placeholder="and press Enter", submit_btn=True)
                 status = gradio.Textbox(label="Status", interactive=False)
-                typed = gradio.Textbox(label="Type", submit_btn=True)
             with gradio.Column(scale=1, min_width=320):
                 audio = gradio.Audio(label=f"Speak or upload, up to {MAX_SECONDS} s", type="filepath")
                 label = "Instruction: choose one, or write your own"
                 instruction = gradio.Dropdown(instructions, label=label, allow_custom_value=True)
                 speak = gradio.Button("Send the speech", variant="primary")
-                stop = gradio.Button("Stop")
-                anew = gradio.Button("New conversation")
+                with gradio.Row():
+                    stop = gradio.Button("Stop", min_width=80)
+                    anew = gradio.Button("New conversation", min_width=80, scale=2)
         shown, one_at_a_time = [talk, messages, status], dict(concurrency_id="llm", concurrency_limit=1)
         turns = [
             typed.submit(answer, [talk, typed], [*shown, typed], **one_at_a_time),
             speak.click(answer, [talk, instruction, audio], [*shown, audio], **one_at_a_time),
         ]
         stop.click(lambda: "stopped", None, status, cancels=turns)
-        anew.click(lambda: (Shown(), [], ""), None, shown, cancels=turns)
-    return page.queue(max_size=WAITING)
+        begin_anew = [lambda: (Shown(), [], ""), None, shown]
+        gradio.on([anew.click, messages.clear], *begin_anew, cancels=turns)
+    theme = gradio.themes.Default(font=("system-ui", "sans-serif"))
+    where = dict(server_name="127.0.0.1", server_port=port, share=False)
+    how = dict(max_file_size=UPLOAD, theme=theme, footer_links=[], quiet=True, prevent_thread_lock=True)
+    with refusing(f"--port {port}", OSError):
+        page.queue(max_size=WAITING).launch(**where, **how)
+    print(f"http://127.0.0.1:{port}", flush=True)
+    page.block_thread()
 
 
 def main() -> None:
@@ -148,9 +157,7 @@ def main() -> None:
     load_projector(model, path)
     recordings = Recordings([], load_tokenizer(llm_name), config, model.projector.speech_len)
 
-    page = make_page(Listener(model, recordings), args.instructions, args.max_new_tokens)
-    where = dict(server_name="127.0.0.1", server_port=args.port, share=False)
-    page.launch(**where, max_file_size=UPLOAD, footer_links=[])
+    open_page(Listener(model, recordings), args.instructions, args.max_new_tokens, args.port)
 
 
 if __name__ == "__main__":

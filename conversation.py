@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -16,20 +17,20 @@ from model import SpeechLLM
 
 
 class Conversation:
-    """turns: the user's and the LLM's by turns; heard: {encoded, frames} for each SPEECH_SLOT in them."""
+    """turns: the user's and the LLM's by turns; heard: (speech_len, llm_dim) for each SPEECH_SLOT there."""
 
-    def __init__(self, turns: Sequence[str] = (), heard: Sequence[dict[str, Tensor]] = ()):
+    def __init__(self, turns: Sequence[str] = (), heard: Sequence[Tensor] = ()):
         self.turns, self.heard = list(turns), list(heard)
         self.fed, self.cache = [], None  # embeddings (1, positions, llm_dim) whose keys and values are cached
 
-    def ask(self, text: str, heard: dict[str, Tensor] | None = None) -> None:
+    def ask(self, text: str, heard: Tensor | None = None) -> None:
         """Adds the user's turn: a text, or the instruction for a speech."""
         self.turns.append(text if heard is None else SPOKEN.replace(INSTRUCTION_SLOT, text))
         self.heard += [] if heard is None else [heard]
 
     def roll_back(self, embeddings: Tensor, config) -> int:
         """Keeps of the cache what `embeddings` begin with, but for their last -> how many positions."""
-        if self.cache is not None:
+        if self.fed:
             fed, size = torch.cat(self.fed, dim=1), embeddings.shape[1] - 1
             same = (fed[0, :size] == embeddings[0, :size][: fed.shape[1]]).all(-1)
             kept = int(same.cumprod(0).sum())
@@ -63,33 +64,26 @@ class Listener:
         return self.recordings.before + render(self.recordings.tokenizer, turns).removeprefix(self.before)
 
     @torch.no_grad()
-    def hear(self, path: str) -> dict[str, Tensor]:
-        """An audio file -> encoded (encoder_len, encoder_dim), frames (). Raises Refused."""
+    def hear(self, path: str) -> tuple[Tensor, int]:
+        """An audio file -> speech (speech_len, llm_dim) and its mel frames. Raises Refused."""
         utterance = read_record({"wav": path}, "", "")
         if utterance.seconds > MAX_SECONDS:  # as its header says, before all of it is decoded
-            told = f"{utterance.seconds:.0f} s; a turn has at most {MAX_SECONDS} s"
-            raise Refused(f"{path}: {told}")
-        heard = self.recordings.hear(utterance, read_audio(utterance))
+            raise Refused(f"{path}: {utterance.seconds:.0f} s; a turn has at most {MAX_SECONDS} s")
+        batch = collate([self.recordings.hear(utterance, read_audio(utterance))])
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        size = 1, int(self.recordings.speech_len(batch["frames"]))
+        speech = torch.ones(size, dtype=torch.bool, device=self.device)
         with self.lock:
-            frames = heard["frames"][None].to(self.device)
-            encoded = self.model.encode(heard["mel"][None].to(self.device), frames)
-        return {"encoded": encoded[0], "frames": frames[0]}
+            return self.model.embed(speech.long(), speech, **batch)[0], int(batch["frames"])
 
     def embed(self, conversation: Conversation) -> Tensor:
         """The LLM's input, (1, positions, llm_dim)."""
-        pieces, heard = self.prompt(conversation.turns).split(SPEECH_SLOT), conversation.heard
-        if len(pieces) != len(heard) + 1:
+        texts, heard = self.prompt(conversation.turns).split(SPEECH_SLOT), conversation.heard
+        if len(texts) != len(heard) + 1:
             raise Refused(f"{SPEECH_SLOT} stands for speech; no text can hold it")
-        input_ids = self.recordings.ids(pieces[0])
-        speech_mask = [False] * len(input_ids)
-        for speech, piece in zip(heard, pieces[1:]):
-            speech_len, ids = int(self.recordings.speech_len(speech["frames"])), self.recordings.ids(piece)
-            input_ids += [0] * speech_len + ids
-            speech_mask += [True] * speech_len + [False] * len(ids)
-        input_ids = torch.tensor([input_ids], device=self.device)
-        if not heard:
-            return self.model.llm.get_input_embeddings()(input_ids)
-        return self.model.embed(input_ids, torch.tensor([speech_mask], device=self.device), **collate(heard))
+        ids = (torch.tensor(self.recordings.ids(text), device=self.device) for text in texts)
+        parts = map(self.model.llm.get_input_embeddings(), ids)  # one more than there is speech
+        return torch.cat([next(parts), *chain.from_iterable(zip(heard, parts))])[None]
 
     @torch.no_grad()
     def write(self, conversation: Conversation, most: int) -> Iterator[bool]:
