@@ -1,14 +1,21 @@
 """chat.py: its prompts are the chat template's, its texts recognize.py's, its page works in a browser."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import socket
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
-from conftest import CHATML, make_tokenizer, refused, script
+from conftest import CHATML, ROOT, make_tokenizer, refused, script
 
 import dataset
 from chat import Shown, take_turn
@@ -134,18 +141,16 @@ def write(listener: Listener, conversation: Conversation) -> str:
 @torch.no_grad()
 def test_cache_kept_over_turns_changes_nothing(learned, listener):
     heard = [listener.hear(str(learned / f"{i}.wav"))[0] for i in range(3)]
-    kept = Conversation()
+    kept, given = Conversation(), 0
     for text, speech in [("one", heard[0]), ("two", None), ("three", heard[1]), ("four", heard[2])]:
         kept.ask(text, speech)
-        before = sum(part.shape[1] for part in kept.fed)
         fresh = Conversation(kept.turns, kept.heard)
         embeddings, config = listener.embed(kept), listener.model.llm.config
-        assert kept.roll_back(embeddings, config) >= 0.8 * before  # what is not computed again
+        assert kept.roll_back(embeddings, config) >= given  # the prompt before is not computed again
+        given = embeddings.shape[1]
         assert write(listener, kept) == write(listener, fresh)
-        logits = [listener.model.llm(inputs_embeds=torch.cat(one.fed, 1)).logits for one in (kept, fresh)]
-        torch.testing.assert_close(*logits)
         keys = [one.cache.layers[-1].keys for one in (kept, fresh)]
-        torch.testing.assert_close(*keys)
+        torch.testing.assert_close(*keys, rtol=1e-4, atol=1e-4)
     kept.turns[1] = kept.turns[1][:-2] + "?"  # an earlier turn that reads otherwise
     fresh = Conversation(kept.turns, kept.heard)
     kept.ask("five"), fresh.ask("five")
@@ -250,14 +255,22 @@ def url(browser, learned, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uploads")
     environ = os.environ | {"GRADIO_TEMP_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen(
-            [*map(str, command)], cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=log
-        )
+        how = dict(cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=log)
+        server = subprocess.Popen([*map(str, command)], **how)
     line = server.stdout.readline().decode().strip()
     assert line == f"http://127.0.0.1:{port}", (folder / "log").read_text()
     yield line
     server.send_signal(signal.SIGINT)
     server.wait(30)
+
+
+SEEN = """() => {  // all that the LLM's turns have been on the page
+    window.seen = []
+    new MutationObserver(() => {
+        const bot = document.querySelector('[data-testid=bot]')
+        if (bot && !window.seen.includes(bot.innerText.trim())) window.seen.push(bot.innerText.trim())
+    }).observe(document.body, {subtree: true, childList: true, characterData: true})
+}"""
 
 
 class Page:
@@ -299,18 +312,19 @@ class Page:
         found = self.page.get_by_test_id(whose)
         found.nth(count - 1).wait_for()
         self.page.wait_for_function(
-            "() => ![...document.querySelectorAll('textarea')].some(a => /^(writing|listening)$/.test(a.value))"
+            "() => ![...document.querySelectorAll('textarea')].some(a => /^(writ|listen)ing$/.test(a.value))"
         )
         return [text.strip() for text in found.all_inner_texts()]
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
 def test_page_shows_the_text_of_an_uploaded_recording(browser, url, learned, tmp_path, width, scheme):
     texts = [json.loads(line)["txt"] for line in (learned / "data.jsonl").read_text().splitlines()]
     page = Page(browser, url, width, scheme)
+    page.page.evaluate(SEEN)
     page.speak(learned / "1.wav")
     assert page.messages(1) == [texts[1]]
+    assert len([seen for seen in page.page.evaluate("window.seen") if texts[1].startswith(seen)]) > 3
     page.type("and then?")
     assert len(page.messages(2)) == 2
     page.speak(learned / "2.wav", "Say it otherwise.")
