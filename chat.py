@@ -10,6 +10,7 @@ reached from this machine only, and fetches nothing from any other.
 
 import argparse
 import os
+import time
 import traceback
 from collections.abc import Iterator
 
@@ -29,6 +30,7 @@ INSTRUCTIONS = [
     "Continue the following text in a coherent and engaging style with less than 40 words.",
 ]
 UPLOAD, WAITING = "10mb", 8  # the size of an upload; turns in the queue
+REFRESH = 0.04  # seconds; a browser cannot keep up with 1,000 tokens a second
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,8 +96,8 @@ def take_turn(
         if not isinstance(error, Refused):
             traceback.print_exc()
         told = error.told if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
-        folder = os.path.dirname(path or "") + os.sep  # of an upload, which says nothing to the user
-        status = "error: " + told.removeprefix(": ").replace(folder, "")
+        name = os.path.basename(path or "")  # an upload's folder says nothing to the user
+        status = "error: " + told.removeprefix(": ").replace(path or "", name)
         for one, items in zip(lists, before):
             one[:] = items
         talk.fed = []  # a layer's cache may be longer than another's
@@ -109,15 +111,19 @@ def open_page(listener: Listener, instructions: list[str], most: int, port: int)
         import gradio
 
     def answer(talk, *turn):
+        shown = 0.0
         for begins, status in take_turn(listener, most, talk, *turn):
-            yield talk, talk.messages, status, None if begins else gradio.skip()
+            if begins or time.monotonic() > shown + REFRESH:
+                yield talk, talk.messages, status, None if begins else gradio.skip()
+                shown = time.monotonic()
+        yield talk, talk.messages, status, gradio.skip()
 
     with gradio.Blocks(title="Ears", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         talk = gradio.State(Shown)
         with gradio.Row():
             with gradio.Column(scale=2, min_width=320):
-                label = dict(label="Conversation", buttons=["copy"])
-                messages = gradio.Chatbot(**label, height=560, render_markdown=False)
+                look = dict(height=None, min_height=240, max_height=560, buttons=["copy"])
+                messages = gradio.Chatbot(label="Conversation", render_markdown=False, **look)
                 typed = gradio.Textbox(label="Type", placeholder="and press Enter", submit_btn=True)
                 status = gradio.Textbox(label="Status", interactive=False)
             with gradio.Column(scale=1, min_width=320):
@@ -128,13 +134,13 @@ def open_page(listener: Listener, instructions: list[str], most: int, port: int)
                 with gradio.Row():
                     stop = gradio.Button("Stop", min_width=80)
                     anew = gradio.Button("New conversation", min_width=80, scale=2)
-        shown, one_at_a_time = [talk, messages, status], dict(concurrency_id="llm", concurrency_limit=1)
+        outputs, one_at_a_time = [talk, messages, status], dict(concurrency_id="llm", concurrency_limit=1)
         turns = [
-            typed.submit(answer, [talk, typed], [*shown, typed], **one_at_a_time),
-            speak.click(answer, [talk, instruction, audio], [*shown, audio], **one_at_a_time),
+            typed.submit(answer, [talk, typed], [*outputs, typed], **one_at_a_time),
+            speak.click(answer, [talk, instruction, audio], [*outputs, audio], **one_at_a_time),
         ]
         stop.click(lambda: "stopped", None, status, cancels=turns)
-        begin_anew = [lambda: (Shown(), [], ""), None, shown]
+        begin_anew = [lambda: (Shown(), [], ""), None, outputs]
         gradio.on([anew.click, messages.clear], *begin_anew, cancels=turns)
     theme = gradio.themes.Default(font=("system-ui", "sans-serif"))
     where = dict(server_name="127.0.0.1", server_port=port, share=False)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -245,13 +244,26 @@ def browser():
         browser.close()
 
 
+SLOWLY = """
+import runpy, time, conversation
+write = conversation.Listener.write
+def slowly(*args):
+    for cut in write(*args):
+        yield cut
+        time.sleep(0.02)
+conversation.Listener.write = slowly
+runpy.run_path("chat.py", run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
 def url(browser, learned, tmp_path_factory):
-    """Where chat.py serves the page."""
+    """Where chat.py serves the page, at 50 tokens a second, as LLMs of a useful size write."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "chat.py", "--projector_model_path", learned / "exp", "--port", port]
+    command = [sys.executable, "-c", SLOWLY, "--projector_model_path", learned / "exp", "--port", port]
+    command += ["--max_new_tokens", 300]
     folder = tmp_path_factory.mktemp("uploads")
     environ = os.environ | {"GRADIO_TEMP_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
     with open(folder / "log", "w") as log:
@@ -260,7 +272,7 @@ def url(browser, learned, tmp_path_factory):
     line = server.stdout.readline().decode().strip()
     assert line == f"http://127.0.0.1:{port}", (folder / "log").read_text()
     yield line
-    server.send_signal(signal.SIGINT)
+    server.terminate()
     server.wait(30)
 
 
@@ -328,7 +340,7 @@ def test_page_shows_the_text_of_an_uploaded_recording(browser, url, learned, tmp
     page.type("and then?")
     assert len(page.messages(2)) == 2
     page.speak(learned / "2.wav", "Say it otherwise.")
-    assert len(page.messages(3)) == 3
+    page.page.get_by_test_id("bot").nth(2).wait_for()
     said = " ".join(page.messages(1, "user"))
     assert "1.wav, 1.4 s" in said and "and then?" in said and "Say it otherwise." in said
     assert f"“{texts[2]}”" in said
@@ -352,7 +364,7 @@ def test_page_tells_errors_in_words_and_goes_on(browser, url, learned, clips, tm
     noise = np.random.default_rng(0).integers(-(2**15), 2**15, 6 * 2**20, dtype=np.int16)
     soundfile.write(tmp_path / "huge.wav", noise, 16000)
     page.page.locator("input[type=file]").first.set_input_files(tmp_path / "huge.wav")
-    page.page.get_by_text(re.compile("size", re.I)).first.wait_for()
+    page.page.get_by_text("exceed the maximum allowed size of 10").wait_for()
     page.page.reload()
     page.speak(learned / "0.wav")
     texts = [json.loads(line)["txt"] for line in (learned / "data.jsonl").read_text().splitlines()]
@@ -370,13 +382,33 @@ def test_two_pages_have_conversations_of_their_own(browser, url, learned):
         page.page.close()
 
 
+def begin_a_long_answer(page: Page) -> None:
+    page.type("tell me a long story")  # to which this LLM writes 300 tokens, and more
+    page.says("writing")
+    page.page.wait_for_function("document.querySelector('[data-testid=bot]')?.innerText.length > 5")
+
+
+def test_stop_ends_an_answer_and_the_conversation_goes_on(browser, url, learned):
+    page = Page(browser, url)
+    begin_a_long_answer(page)
+    page.page.get_by_role("button", name="Stop", exact=True).click()
+    page.says("stopped")
+    page.page.wait_for_timeout(500)
+    stopped = page.page.get_by_test_id("bot").inner_text()
+    page.page.wait_for_timeout(1000)
+    assert page.page.get_by_test_id("bot").inner_text() == stopped  # and more would be there by now
+    page.speak(learned / "0.wav")
+    assert page.messages(2)[0] == stopped.strip()
+    page.page.close()
+
+
 def test_closing_a_page_in_the_middle_leaves_the_others_working(browser, url, learned):
     page, other = (Page(browser, url) for _ in range(2))
-    page.type("tell me a long story")
-    page.page.get_by_test_id("bot").first.wait_for()
+    begin_a_long_answer(page)
     page.page.close()
     other.speak(learned / "0.wav")
-    assert len(other.messages(1)[0]) > 0
+    texts = [json.loads(line)["txt"] for line in (learned / "data.jsonl").read_text().splitlines()]
+    assert other.messages(1) == texts[:1]
     other.page.close()
 
 

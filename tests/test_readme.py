@@ -10,7 +10,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = ["model.py", "dataset.py", "train.py", "recognize.py"]
-OTHERS = ["beam_search.py", "continuation.py", "score.py", "hallucination.py"]
+OTHERS = ["beam_search.py", "continuation.py", "score.py", "hallucination.py", "chat.py", "conversation.py"]
 COMMANDS = [
     line.strip()
     for text in [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("recipes/*/*.sh"))]
@@ -58,7 +58,7 @@ def test_commands_name_scripts_and_flags_that_exist(command, help_of):
 
 
 def test_flags_in_the_text_exist(help_of):
-    scripts = ["train.py", "recognize.py", "continuation.py", "score.py"]
+    scripts = ["train.py", "recognize.py", "continuation.py", "score.py", "chat.py"]
     known = set(re.findall(r"--\w+", "".join(map(help_of, scripts))))
     prose = re.findall(r"`(--\w+)", README)
     assert prose and set(prose) <= known | {"--nproc_per_node"}
@@ -80,7 +80,7 @@ def test_no_path_of_a_machine_and_no_code_of_the_demo_in_the_core():
 
 
 def test_scripts_do_not_import_each_other():
-    scripts = {"train", "recognize", "continuation", "score"}
+    scripts = {"train", "recognize", "continuation", "score", "chat"}
     for name in [*CORE, *OTHERS]:
         text = (ROOT / name).read_text(encoding="utf-8")
         imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
