@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -300,9 +301,17 @@ class Page:
         self.status = self.page.get_by_role("textbox", name="Status")
         self.typed.wait_for()
 
+    @contextmanager
+    def uploading(self):
+        """Waits until what is uploaded in here is there, and the page knows."""
+        with self.page.expect_response(lambda response: "/upload?" in response.url):
+            yield
+        self.page.get_by_label("Clear").first.wait_for()
+        self.page.wait_for_timeout(300)
+
     def speak(self, path: Path, instruction: str | None = None) -> None:
-        self.page.locator("input[type=file]").first.set_input_files(path)
-        self.page.get_by_role("button", name="Clear").or_(self.page.get_by_label("Clear")).first.wait_for()
+        with self.uploading():
+            self.page.locator("input[type=file]").first.set_input_files(path)
         if instruction:
             self.page.get_by_label("Instruction").fill(instruction)
             self.page.keyboard.press("Enter")
@@ -394,11 +403,11 @@ def test_stop_ends_an_answer_and_the_conversation_goes_on(browser, url, learned)
     page.page.get_by_role("button", name="Stop", exact=True).click()
     page.says("stopped")
     page.page.wait_for_timeout(500)
-    stopped = page.page.get_by_test_id("bot").inner_text()
-    page.page.wait_for_timeout(1000)
-    assert page.page.get_by_test_id("bot").inner_text() == stopped  # and more would be there by now
+    stopped = page.page.get_by_test_id("bot").inner_text().strip()
+    page.page.wait_for_timeout(1000)  # enough for 50 tokens, and one may have been under way
+    assert len(page.page.get_by_test_id("bot").inner_text().strip()) < len(stopped) + 5
     page.speak(learned / "0.wav")
-    assert page.messages(2)[0] == stopped.strip()
+    assert page.messages(2)[0].startswith(stopped)
     page.page.close()
 
 
@@ -416,10 +425,12 @@ def test_microphone_is_heard(browser, url):
     page = Page(browser, url)
     page.page.get_by_label("Record audio").or_(page.page.get_by_title("Record audio")).first.click()
     page.page.get_by_role("button", name="Record").first.click()
+    stops = page.page.get_by_role("button", name="Stop", exact=True)  # of the recording, and of an answer
+    stops.nth(1).wait_for()
     page.page.wait_for_timeout(1500)
-    page.page.get_by_role("button", name="Stop", exact=True).first.click()
-    page.page.get_by_label("Clear").first.wait_for()
+    with page.uploading():
+        stops.first.click()
     page.page.get_by_role("button", name="Send the speech").click()
     page.messages(1)
-    assert re.search(r"\.wav, [12]\.\d s", " ".join(page.messages(1, "user")))
+    assert re.search(r"\.wav, \d\.\d s", " ".join(page.messages(1, "user")))
     page.page.close()
