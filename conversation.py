@@ -3,17 +3,36 @@
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, cycle
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from dataset import INSTRUCTION_SLOT, SPEECH_SLOT, SPOKEN, Recordings, collate, render
+from dataset import INSTRUCTION_SLOT, SPEECH_SLOT, Recordings, collate
 from errors import Refused
 from manifest import MAX_SECONDS, read_audio, read_record
 from model import SpeechLLM
+
+SPOKEN = f"{SPEECH_SLOT}\n{INSTRUCTION_SLOT}"  # a user's turn
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> str:
+    """Turns, the user's and the LLM's by turns, in its chat template; behind a user's the next is opened.
+
+    Of one turn it gives what `render_prompt` does. Without a template it is `USER: ... ASSISTANT:`, and an
+    eos token behind what the LLM wrote.
+    """
+    if tokenizer.chat_template:
+        messages = [
+            {"role": role, "content": turn} for role, turn in zip(cycle(("user", "assistant")), turns)
+        ]
+        options = dict(add_generation_prompt=len(turns) % 2 == 1, enable_thinking=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    has_bos = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    said = "USER: {}\nASSISTANT:", f"{{}}{tokenizer.eos_token}"
+    return (tokenizer.bos_token if has_bos else "") + "".join(map(str.format, cycle(said), turns))
 
 
 class Conversation:

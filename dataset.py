@@ -5,7 +5,7 @@ python dataset.py train.jsonl   # checks every line and recording; ends with 1 i
 
 import math
 import sys
-from itertools import cycle
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from model import IGNORE
 
 INSTRUCTION = "Transcribe the speech."
 SPEECH_SLOT, INSTRUCTION_SLOT = "<|speech|>", "<|instruction|>"  # in a rendered prompt
-SPOKEN = f"{SPEECH_SLOT}\n{INSTRUCTION_SLOT}"  # a user's turn
 PADDING = {"input_ids": 0, "speech_mask": False, "labels": IGNORE, "attention_mask": 0}
 
 
@@ -30,33 +29,24 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> str:
-    """Turns, the user's and the LLM's by turns, in its chat template; behind a user's the next is opened.
-
-    Without a template it is `USER: ... ASSISTANT:`, and an eos token behind what the LLM wrote.
-    """
-    if tokenizer.chat_template:
-        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        # Qwen3 would think before it writes; a template that knows no thinking ignores the word
-        options = dict(add_generation_prompt=len(turns) % 2 == 1, enable_thinking=False)
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    has_bos = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    said = ("USER: {}\nASSISTANT:", f"{{}}{tokenizer.eos_token}")
-    return (tokenizer.bos_token if has_bos else "") + "".join(map(str.format, cycle(said), turns))
-
-
 def render_prompt(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """{prompt, end_of_turn}: a user's turn by the LLM's chat template, with slots, and what ends a turn.
 
-    Rendered once and kept in config.json: some templates insert the date. Raises Refused if the template
-    changes what the user says, or nothing ends a turn.
+    Rendered once and kept in config.json: some templates insert the date. Without a template it is
+    `USER: ... ASSISTANT:`. Raises Refused if the template changes what the user says, or nothing ends a turn.
     """
-    prompt, end_of_turn = render(tokenizer, [SPOKEN]), tokenizer.eos_token
+    user, end_of_turn = {"role": "user", "content": f"{SPEECH_SLOT}\n{INSTRUCTION_SLOT}"}, tokenizer.eos_token
     if tokenizer.chat_template:
-        tail = render(tokenizer, [SPOKEN, "ANSWER"]).rpartition("ANSWER")[2]
+        # Qwen3 would think before it writes; a template that knows no thinking ignores the word
+        render = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+        prompt = render([user], add_generation_prompt=True)
+        tail = render([user, {"role": "assistant", "content": "ANSWER"}]).rpartition("ANSWER")[2]
         ids = tokenizer(tail, add_special_tokens=False).input_ids
         ends = [str(tokenizer.added_tokens_decoder[i]) for i in ids if i in tokenizer.added_tokens_decoder]
         end_of_turn = ends[0] if ends else end_of_turn
+    else:
+        has_bos = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        prompt = f"{tokenizer.bos_token if has_bos else ''}USER: {user['content']}\nASSISTANT:"
     if end_of_turn is None or prompt.count(SPEECH_SLOT) != 1 or prompt.count(INSTRUCTION_SLOT) != 1:
         told = f"needs an eos token, {end_of_turn}, and to say the user's text once as it is, {prompt!r}"
         raise Refused(f"{tokenizer.name_or_path}: the chat template {told}")

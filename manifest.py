@@ -87,7 +87,7 @@ def read_record(record: dict, where: str, folder: str, seconds: float | None = N
         seconds = math.nan
         with suppress(*AUDIO_ERRORS):
             if os.path.isfile(path):  # opening a pipe would wait for ever
-                seconds = soundfile.info(os.path.abspath(path)).duration - record.get("start", 0)
+                seconds = soundfile.info(os.path.join(os.curdir, path)).duration - record.get("start", 0)
     key = record.get("key", os.path.splitext(os.path.basename(path))[0])
     return Utterance(record, where, path, float(seconds), key, record.get("target", record.get("txt")))
 
@@ -109,7 +109,7 @@ def read_audio(utterance: Utterance) -> np.ndarray:
     record, where = utterance.record, f"{utterance.where}: {utterance.path}"
     if not os.path.isfile(utterance.path):
         raise Refused(f"{utterance.where}: no such audio file: {utterance.path}")
-    path = os.path.abspath(utterance.path)  # to libsndfile "-" is stdin, which would wait for ever
+    path = os.path.join(os.curdir, utterance.path)  # to libsndfile "-" is stdin, which would wait for ever
     with refusing(where, *AUDIO_ERRORS), soundfile.SoundFile(path) as file:
         rate, wav = file.samplerate, re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info)
         if wav and int(wav[2]) < int(wav[1]) < 2**31 - 1:  # what streams has a length of 2^31 - 1 or 2^32 - 1

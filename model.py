@@ -204,7 +204,11 @@ def load_config(path: str) -> tuple[str, dict]:
     return path, config
 
 
-def load_projector(model: SpeechLLM, path: str) -> None:
-    """Puts the weights in `path` into the model's projector. Raises Refused unless they are just those."""
-    with refusing(f"{path}: not what its config.json says", SafetensorError, RuntimeError):
-        model.load_state_dict(load_file(path))
+def load_projector(model: SpeechLLM, *paths: str) -> None:
+    """Puts the weights in `paths`, averaged, into the projector. Raises Refused unless they are its."""
+    states = []
+    for path in paths:
+        with refusing(f"{path}: not what its config.json says", SafetensorError, RuntimeError):
+            states.append(load_file(path))
+            model.load_state_dict(states[-1])
+    model.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})

@@ -33,7 +33,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("audio", nargs="*", help="audio files in place of --data_path; their text is printed")
-    add("--projector_model_path", required=True, help="model.safetensors, or the folder of it")
+    told = "model.safetensors, or the folder of it; given several times, they are averaged"
+    add("--projector_model_path", required=True, action="append", help=told)
     add("--data_path", help="manifest (jsonl: wav)")
     add("--result_path", help="where its result goes: .jsonl, or .txt")
     add("--llm_model_name_or_path", help="default: as in config.json")
@@ -71,7 +72,10 @@ def main() -> None:
     args = parse_args()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    path, config = load_config(args.projector_model_path)
+    paths, configs = zip(*map(load_config, args.projector_model_path))
+    config = configs[0]
+    for other in (other for other in range(1, len(paths)) if configs[other] != config):
+        raise Refused(f"{paths[other]}: not of the same config.json as {paths[0]}, so not to be averaged")
     llm_name = args.llm_model_name_or_path or config["llm_model_name_or_path"]
     whisper_name = args.whisper_model_name_or_path or config["whisper_model_name_or_path"]
     if args.data_path:
@@ -89,16 +93,17 @@ def main() -> None:
         limits = args.batch_seconds, None
     batches = by_seconds(seconds, *limits)
     settings = {**vars(args), "llm": llm_name, "whisper": whisper_name, "config": config}
-    for name, file in (("projector", path), ("data", args.data_path or path)):
-        with open(file, "rb") as content:
-            settings[name] = hashlib.file_digest(content, "sha256").hexdigest()
+    settings["digests"] = []
+    for path in (*paths, args.data_path or paths[0]):
+        with open(path, "rb") as content:
+            settings["digests"].append(hashlib.file_digest(content, "sha256").hexdigest())
     parts = Parts(args.result_path, settings, rank) if args.data_path else None
     done = parts.read() if parts else {}
 
     encoder = load_encoder(whisper_name)
     llm = load_llm(llm_name, args.dtype if args.dtype == "auto" else getattr(torch, args.dtype))
     model = SpeechLLM(encoder, llm, config).to(device)
-    load_projector(model, path)
+    load_projector(model, *paths)
     speech_len, tokenizer = model.projector.speech_len, load_tokenizer(llm_name)
     recordings = Recordings(utterances, tokenizer, config, speech_len, instruction=args.instruction)
     recordings.part_seconds = args.part_seconds

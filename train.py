@@ -4,8 +4,9 @@
       --whisper_model_name_or_path tiny --data_path train.jsonl --bf16 True --output_dir exp/asr \
       --per_device_train_batch_size 8 --learning_rate 3e-4 --deepspeed ds_config_zero3.json
 
-Plain `python train.py ...` does as well. The loss falls, stays on a plateau while the LLM does not hear yet,
-and drops. --output_dir gets model.safetensors (the projector) and config.json. Run again, it resumes.
+Plain `python train.py ...` does as well, or `python train.py config.yaml`, a file of flags and values. The
+loss falls, stays on a plateau while the LLM does not hear yet, and drops. --output_dir gets model.safetensors
+(the projector) and config.json. Run again, it resumes.
 """
 
 import gc
@@ -17,11 +18,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
 from dataset import SpeechDataset, collate, load_tokenizer, render_prompt
 from encoder import load_encoder
+from errors import refusing
 from features import FeatureCache
 from manifest import MAX_SECONDS, read_manifest
 from model import SpeechLLM, fingerprint, load_llm
@@ -31,6 +34,7 @@ from trainer import ProjectorTrainer, Watch, newest_checkpoint, probe
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "model"
     llm_model_name_or_path: str = HfArg(help="Causal LLM of transformers: hub name or folder.")
     whisper_model_name_or_path: str = HfArg(help="openai-whisper model: name (tiny, large-v3) or file.")
     projector_type: str = HfArg(default="conv1d", help="conv1d (West) or blsp.")
@@ -41,6 +45,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "data"
     data_path: str = HfArg(help="Manifest to train on (jsonl: wav, txt).")
     eval_data_path: str | None = HfArg(default=None, help="Manifest for the loss at each --eval_strategy.")
     feature_cache: str | None = HfArg(default=None, help="Folder for what the encoder hears, computed once.")
@@ -51,6 +56,7 @@ class DataArguments:
 
 @dataclass
 class TrainArguments(TrainingArguments):
+    _argument_group_name = "training, as the Trainer of transformers does it"
     """Those of transformers, West's names for two of them, and other defaults."""
 
     eval_strategy: str = HfArg(default="no", aliases="--evaluation_strategy", help="no, steps or epoch.")
@@ -71,7 +77,11 @@ class TrainArguments(TrainingArguments):
 
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
-    model_args, data_args, args = parser.parse_args_into_dataclasses()
+    argv = sys.argv[1:]
+    if argv and argv[0].endswith((".yaml", ".yml")):  # flags; those behind it prevail
+        with refusing(argv[0], OSError, ValueError, AttributeError, yaml.YAMLError), open(argv[0]) as file:
+            argv = [f"--{name}={value}" for name, value in yaml.safe_load(file).items()] + argv[1:]
+    model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     set_seed(args.seed)
     if args.deepspeed and args.use_cpu:  # accelerate does so on GPUs; ZeRO-3 shards the LLM while it loads
         import deepspeed

@@ -93,10 +93,12 @@ class ProjectorTrainer(Trainer):
         return loss
 
     def log(self, logs: dict, *args, **kwargs) -> None:
-        """Adds what of this rank's speech was padding, and what of its time it waited for data."""
+        """Adds this rank's speed, what of its speech was padding, what of its time it waited for data."""
         if "loss" in logs:
+            took = time.monotonic() - self.since
+            logs["times_real_time"] = round(float(self.frames) / 100 / took, 1)
             logs["padding"] = round(1 - float(self.frames / self.padded), 4)
-            logs["data_wait"] = round(self.waited / (time.monotonic() - self.since), 4)
+            logs["data_wait"] = round(self.waited / took, 4)
             self.frames = self.padded = self.waited = 0
             self.since = math.inf
         super().log(logs, *args, **kwargs)

@@ -19,8 +19,8 @@ from conftest import CHATML, ROOT, make_tokenizer, refused, script
 
 import dataset
 from chat import Shown, take_turn
-from conversation import Conversation, Listener
-from dataset import SPEECH_SLOT, SPOKEN, Recordings, load_tokenizer, render_prompt
+from conversation import SPOKEN, Conversation, Listener, render
+from dataset import SPEECH_SLOT, Recordings, load_tokenizer, render_prompt
 from encoder import load_encoder
 from model import SpeechLLM, load_config, load_llm, load_projector
 
@@ -79,7 +79,7 @@ def test_prompt_of_turns_is_the_chat_templates_with_speech_for_text(learned, tem
         roles = ("user", "assistant") * 4
         messages = [{"role": role, "content": turn} for role, turn in zip(roles, said)]
         assert prompt == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert listener.prompt([SPOKEN]) == listener.recordings.config["prompt"]  # as in training
+    assert render(tokenizer, [SPOKEN]) == listener.recordings.config["prompt"]  # as in training
 
 
 def test_date_is_that_of_training(learned):

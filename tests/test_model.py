@@ -44,6 +44,8 @@ FAMILIES = {
     "gpt_neox": ("gpt_neox", {"chat_template": None}, {"tie_word_embeddings": False}),
     "opt": ("opt", {"chat_template": None, "bos": "</s>", "eos": "</s>"}, OPT),
     "gemma2": ("gemma2", {"bos": "<bos>"}, {"head_dim": 8, "final_logit_softcapping": 3.0}),
+    "cohere": ("cohere", {"bos": "<bos>"}, {"logit_scale": 0.25}),
+    "granite": ("granite", {}, {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
 }
 
 

@@ -408,3 +408,35 @@ def test_a_refused_run_ends_with_one_line_and_an_exit_code(trained, tmp_path, re
     told = run("recognize.py", *paths, *flags, ok=False)
     assert told.splitlines()[-1].startswith(f"error: --llm_model_name_or_path {tmp_path / 'none'}: ")
     assert "Traceback" not in told
+
+
+def test_several_projectors_are_averaged(learned, tmp_path):
+    first, other, mean = (tmp_path / name for name in ("first", "other", "mean"))
+    for folder in (first, other, mean):
+        shutil.copytree(learned / "exp", folder)
+    weights = load_file(first / "model.safetensors")
+    moved = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in weights.items()}
+    save_file(moved, other / "model.safetensors")
+    middle = {name: (weights[name] + moved[name]) / 2 for name in weights}
+    save_file(middle, mean / "model.safetensors")
+    results = {}
+    for name, given in {"averaged": (first, other), "mean": (mean,), "first": (first,)}.items():
+        flags = [word for folder in given for word in ("--projector_model_path", folder)]
+        path = tmp_path / f"{name}.jsonl"
+        flags += ["--data_path", learned / "scored.jsonl", "--result_path", path]
+        script("recognize.py", *flags, "--max_new_tokens", 5)
+        results[name] = path.read_bytes()
+    assert results["averaged"] == results["mean"] != results["first"]
+
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"projector_stride": 4}))
+    with refused("not of the same config.json"):
+        flags = "--projector_model_path", first, "--projector_model_path", other
+        script(
+            "recognize.py",
+            *flags,
+            "--data_path",
+            learned / "scored.jsonl",
+            "--result_path",
+            tmp_path / "r.jsonl",
+        )

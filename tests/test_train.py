@@ -614,3 +614,23 @@ def test_padding_and_waiting_are_logged(toy, tmp_path):
     assert logged(alone, "padding") == [0, 0]
     window = ("--encoder_window", "30s", "--max_steps", "1", "--per_device_train_batch_size", "1")
     assert logged(train_here(toy, tmp_path / "30", *window), "padding")[0] > 0.5
+
+
+def test_a_yaml_file_holds_flags_and_those_behind_it_prevail(toy, tmp_path):
+    out, flags = tmp_path / "out", "disable_tqdm: true\nlearning_rate: 3e-4\nmax_steps: 2\nlogging_steps: 1\n"
+    names = data(toy, out)[::2], map(str, data(toy, out)[1::2])
+    paths = "".join(f"{name[2:]}: {value}\n" for name, value in zip(*names))
+    (tmp_path / "config.yaml").write_text(flags + paths)
+    script("train.py", tmp_path / "config.yaml", "--max_steps", "1")
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["max_steps"] == 1 and logged(out, "learning_rate") == [3e-4]
+
+
+@pytest.mark.parametrize(
+    "text, says", [("a: [", "config.yaml"), ("- a", "config.yaml"), (None, "No such file")]
+)
+def test_a_yaml_file_that_is_none_is_one_error(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with refused(says):
+        script("train.py", tmp_path / "config.yaml")
