@@ -127,7 +127,8 @@ def open_page(listener: Listener, instructions: list[str], most: int, port: int)
                 typed = gradio.Textbox(label="Type", placeholder="and press Enter", submit_btn=True)
                 status = gradio.Textbox(label="Status", interactive=False)
             with gradio.Column(scale=1, min_width=320):
-                audio = gradio.Audio(label=f"Speak or upload, up to {MAX_SECONDS} s", type="filepath")
+                label = f"Speak or upload, up to {MAX_SECONDS} s"
+                audio = gradio.Audio(label=label, type="filepath", buttons=[])  # none to publish it
                 label = "Instruction: choose one, or write your own"
                 instruction = gradio.Dropdown(instructions, label=label, allow_custom_value=True)
                 speak = gradio.Button("Send the speech", variant="primary")

@@ -304,7 +304,7 @@ class Page:
     @contextmanager
     def uploading(self):
         """Waits until what is uploaded in here is there, and the page knows."""
-        with self.page.expect_response(lambda response: "/upload?" in response.url):
+        with self.page.expect_response(lambda response: "/upload" in response.url):
             yield
         self.page.get_by_label("Clear").first.wait_for()
         self.page.wait_for_timeout(300)
@@ -430,6 +430,7 @@ def test_microphone_is_heard(browser, url):
     page.page.wait_for_timeout(1500)
     with page.uploading():
         stops.first.click()
+    assert page.page.get_by_label("Share").or_(page.page.get_by_title("Share")).count() == 0
     page.page.get_by_role("button", name="Send the speech").click()
     page.messages(1)
     assert re.search(r"\.wav, \d\.\d s", " ".join(page.messages(1, "user")))
