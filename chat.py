@@ -140,7 +140,8 @@ def open_page(listener: Listener, instructions: list[str], most: int, port: int)
             typed.submit(answer, [talk, typed], [*outputs, typed], **one_at_a_time),
             speak.click(answer, [talk, instruction, audio], [*outputs, audio], **one_at_a_time),
         ]
-        stop.click(lambda: "stopped", None, status, cancels=turns)
+        # what was under way when it was stopped still says that it is writing
+        stop.click(None, cancels=turns).then(lambda: time.sleep(0.3) or "stopped", None, status)
         begin_anew = [lambda: (Shown(), [], ""), None, outputs]
         gradio.on([anew.click, messages.clear], *begin_anew, cancels=turns)
     theme = gradio.themes.Default(font=("system-ui", "sans-serif"))

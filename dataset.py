@@ -107,6 +107,10 @@ class SpeechDataset(torch.utils.data.Dataset):
         mel = whisper.log_mel_spectrogram(waveform, self.config["encoder_dims"]["n_mels"])
         return {"mel": mel, "frames": frames}
 
+    def speech(self, utterance: Utterance) -> dict[str, Tensor]:
+        """mel, or encoded where that is known, and frames."""
+        return self.features.load(utterance) if self.features else self.hear(utterance, read_audio(utterance))
+
     def write(self, utterance: Utterance, frames: int, with_target: bool) -> dict[str, Tensor]:
         """input_ids, speech_mask, and labels or attention_mask (positions)."""
         before, after, target = self.text_ids(utterance)
@@ -129,12 +133,9 @@ class SpeechDataset(torch.utils.data.Dataset):
         for i in range(index, index + 100):
             try:
                 utterance = self.utterances[i % len(self)]
-                if self.features:
-                    heard = self.features.load(utterance)
-                else:
-                    heard = self.hear(utterance, read_audio(utterance))
-                text = self.write(utterance, int(heard["frames"]), with_target=True)
-                return {**heard, **text, "where": utterance.where, "faults": faults}
+                speech = self.speech(utterance)
+                text = self.write(utterance, int(speech["frames"]), with_target=True)
+                return {**speech, **text, "where": utterance.where, "faults": faults}
             except Refused as refused:
                 faults.append(refused.told)
         raise Refused(f"100 utterances in a row cannot be used: {faults[0]}, ...")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -65,12 +64,17 @@ class FeatureCache:
         with refusing(f"{utterance.where}: {path}", OSError, SafetensorError):
             return load_file(path)
 
-    def fill(self, model: SpeechLLM, dataset: SpeechDataset, batches: list[np.ndarray], workers: int):
-        """Computes what is missing of those batches of indices; killed, it leaves whole files, or none."""
+    def fill(self, model: SpeechLLM, dataset: SpeechDataset, batches: list, workers: int, device="cpu"):
+        """Gives `dataset` its features, and computes what it lacks of these batches (arrays of indices).
+
+        Killed, it leaves whole files, or none.
+        """
+        dataset.features = self
+        model.encoder.to(device)
         loader = torch.utils.data.DataLoader(
             Missing(self, dataset), batch_sampler=batches, collate_fn=list, num_workers=workers
         )
-        device = model.encoder.positional_embedding.device
+        device = torch.device(device)
         for items in tqdm(loader, desc="encoding", disable=None):
             if items := [item for item in items if item]:
                 batch = collate([heard for _, heard in items])

@@ -20,28 +20,32 @@ for English one spelling, and digits for numbers. `basic` destroys Indic and Tha
 --metric: `wer` and `cer` are --unit word and char. `bleu` and `chrf` are sacrebleu's over the corpus, with
 their signature; BLEU's tokenizer is zh for Chinese, char for other scripts without spaces, else 13a. `exact`
 is the share of texts equal to their reference. These three are one line, without an interval or a report.
+--html: a page of the same, also by duration and by each key with few values, and all utterances (report.py).
 """
 
 import argparse
-import html
 import json
 import math
-import os
 import re
+import signal
 import sys
 import unicodedata
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from string import Template
-from urllib.parse import quote
 
 import jiwer
 import numpy as np
 
 from hallucination import UNSPACED, hallucination
+from report import make_page
+
+OWN = {"key", "wav", "txt", "target", "start", "duration", "hyp", "score", "seconds", "error", "where"}
+EDGES = [1, 2, 4, 8, 16, 32]  # seconds, of the table by duration
+DURATIONS = ["under 1 s", *map("{} to {} s".format, EDGES, EDGES[1:]), f"{EDGES[-1]} s and over", "unknown"]
 
 
 class Refused(ValueError):
@@ -57,6 +61,8 @@ class Utterance:
     wav: Path
     error: str | None  # why there is no hypothesis
     kind: str | None  # of hallucination
+    start: float | None  # in seconds, where it is a part of `wav`
+    others: dict  # what else the record holds
     pairs: list[tuple[str, str, str]] = field(default_factory=list)  # by `align`, as is the next
     errors: int = 0
 
@@ -114,7 +120,9 @@ def read_utterances(ref_path: Path, hyp_path: Path) -> list[Utterance]:
         if not isinstance(seconds, int | float | None):
             raise Refused(f"{hyps[key]['where']}: seconds must be a number, not {seconds!r}")
         wav, kind = ref_path.parent / str(record.get("wav", "")), hallucination(ref, hyp, seconds)
-        utterances.append(Utterance(key, ref, hyp, seconds, wav, error, kind))
+        start = record["start"] if isinstance(record.get("start"), int | float) else None
+        others = {name: str(value) for name, value in (hyps[key] | record).items() if name not in OWN}
+        utterances.append(Utterance(key, ref, hyp, seconds, wav, error, kind, start, others))
     return utterances
 
 
@@ -219,6 +227,32 @@ def summarize(utterances: list[Utterance], counts: np.ndarray, unit: str, normal
     return "\n".join(lines)
 
 
+def tabulate(groups: list[str], counts: np.ndarray, order: list[str] | None = None) -> list[tuple]:
+    """(group, utterances, units, rate, ins, del, sub) of each; in that order, by default worst first."""
+    rows = []
+    for group in order or dict.fromkeys(groups):
+        part = counts[[other == group for other in groups]]
+        units, *errors = part.sum(axis=0)
+        rows.append((group, len(part), units, error_rate(part), *errors))
+    if not order:
+        rows.sort(key=lambda row: -sum(row[4:]) / max(row[2], 1))
+    return [row for row in rows if row[1]]
+
+
+def make_tables(utterances: list[Utterance], counts: np.ndarray) -> list[tuple[str, list[tuple]]]:
+    """What is counted by hallucination, by duration, and by each other key of 2 to 100 values that recur."""
+    tables = []
+    kinds = ["not recognised" if u.error is not None else u.kind or "none" for u in utterances]
+    tables.append(("hallucination", tabulate(kinds, counts)))
+    durations = [DURATIONS[-1 if u.seconds is None else bisect(EDGES, u.seconds)] for u in utterances]
+    tables.append(("duration", tabulate(durations, counts, DURATIONS)))
+    for name in dict.fromkeys(name for utterance in utterances for name in utterance.others):
+        values = [utterance.others.get(name, "(none)") for utterance in utterances]
+        if 2 <= len(set(values)) <= min(100, len(values) / 2):
+            tables.append((name, tabulate(values, counts)))
+    return tables
+
+
 def three_lines(pairs: list[tuple[str, str, str]], columns: int = 100, blocks: int = 4) -> str:
     """An alignment for the terminal: reference over hypothesis over marks; of a long one the first blocks."""
     lines, used = [], columns
@@ -231,55 +265,6 @@ def three_lines(pairs: list[tuple[str, str, str]], columns: int = 100, blocks: i
             lines[row] += " " + cell + " " * (max(widths) - width)
         used += 1 + max(widths)
     return "\n".join(line.rstrip() for line in lines[: 3 * blocks] + ["..."] * (len(lines) > 3 * blocks))
-
-
-def report(utterances: list[Utterance], summary: str, unit: str, folder: Path) -> str:
-    """A page in `folder`, the utterances as they come; it loads nothing but the audio that one plays."""
-    forms = {"": "{0}", "I": "<ins>{1}</ins>", "D": "<del>{0}</del>", "S": "<s>{0}</s><b>{1}</b>"}
-    space, rows = "" if unit == "char" else " ", []
-    for utterance in utterances:
-        spans = []
-        for mark, group in groupby(utterance.pairs, key=lambda pair: pair[0]):
-            _, ref, hyp = (html.escape(space.join(side)) for side in zip(*group))
-            spans.append(forms[mark].format(ref, hyp))
-        about = [html.escape(str(line)) for line in (utterance.key, utterance.kind, utterance.error) if line]
-        if utterance.wav.is_file():
-            url = quote(os.path.relpath(utterance.wav, folder))
-            about.append(f'<audio controls preload="none" src="{url}"></audio>')
-        rows.append(f'<tr><td>{utterance.errors}<td>{"<br>".join(about)}<td dir="auto">{space.join(spans)}')
-    return PAGE.substitute(summary=html.escape(summary), rows="\n".join(rows))
-
-
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Ears: errors</title>
-<style>
-:root { color-scheme: light dark; --del: #b3003c; --ins: #0062a8; --sub: #7a5200; }
-@media (prefers-color-scheme: dark) { :root { --del: #ff9eb5; --ins: #86c5ff; --sub: #f0c060; } }
-body { font: 16px/1.6 system-ui, sans-serif; max-width: 75em; margin: auto; padding: 1em; }
-pre { white-space: pre-wrap; }
-pre, td { overflow-wrap: anywhere; }
-table { border-collapse: collapse; }
-th, td { border-top: 1px solid #8888; padding: .4em .6em; text-align: start; vertical-align: top; }
-td:nth-child(2) { min-width: 16em; font-size: .85em; }
-audio { width: 16em; height: 2em; }
-del, s { color: var(--del); border: 1px dashed; text-decoration: none; } /* a line would hide 一 */
-ins { color: var(--ins); } ins::before { content: "+"; }
-s, b { color: var(--sub); } b::before { content: "\\2192"; }
-@media (max-width: 45em) {
-  thead { display: none; } tr { display: block; border-top: 1px solid #8888; }
-  td { display: inline-block; border: 0; } td:last-child { display: block; } }
-</style>
-<pre>$summary</pre>
-<p><del>said, not written</del> <ins>written, not said</ins> <s>said</s><b>written instead</b></p>
-<table>
-<thead><tr><th>Errors<th>Utterance<th>Reference and hypothesis</thead>
-$rows
-</table>
-</html>
-""")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -318,18 +303,19 @@ def main(argv: list[str] | None = None) -> int:
     summary = summarize(utterances, counts, unit, args.normalizer)
     worst_first = sorted(utterances, key=lambda utterance: (-utterance.errors, utterance.key))
 
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        page = make_page(summary, make_tables(utterances, counts), worst_first, unit, args.html.parent)
+        args.html.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal has no such letters
     print(summary)
     for utterance in worst_first[:5]:
         if utterance.errors:
             kind = f", {utterance.kind}" if utterance.kind else ""
             print(f"\n{utterance.key}, errors: {utterance.errors}{kind}\n{three_lines(utterance.pairs)}")
-    if args.html:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        page = report(worst_first, summary, unit, args.html.parent)
-        args.html.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return failed
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, without a traceback
     sys.exit(main())

@@ -48,6 +48,7 @@ class DataArguments:
     _argument_group_name = "data"
     data_path: str = HfArg(help="Manifest to train on (jsonl: wav, txt).")
     eval_data_path: str | None = HfArg(default=None, help="Manifest for the loss at each --eval_strategy.")
+    eval_utterances: int = HfArg(default=100, help="How many of those are decoded too, for WER and CER.")
     feature_cache: str | None = HfArg(default=None, help="Folder for what the encoder hears, computed once.")
     model_max_length: int = HfArg(default=512, help="Most positions (prompt, speech, target) of an example.")
     max_batch_seconds: float | None = HfArg(default=None, help="Batches of this much audio, with padding.")
@@ -113,11 +114,9 @@ def main() -> None:
         dataset = SpeechDataset(utterances, tokenizer, config, model.projector.speech_len, most)
         dataset.check_positions()
         if cache:
-            encoder.to(args.device)
             most = data_args.max_batch_seconds or MAX_SECONDS * args.per_device_train_batch_size
             mine = by_seconds(utterances.seconds, most)[args.process_index :: args.world_size]
-            cache.fill(model, dataset, mine, args.dataloader_num_workers)
-            dataset.features = cache
+            cache.fill(model, dataset, mine, args.dataloader_num_workers, args.device)
         return dataset
 
     trainer = ProjectorTrainer(
@@ -127,7 +126,7 @@ def main() -> None:
         eval_dataset=examples(data_args.eval_data_path) if data_args.eval_data_path else None,
         data_collator=collate,
     )
-    trainer.projector_config, trainer.max_batch_seconds = config, data_args.max_batch_seconds
+    trainer.projector_config, trainer.data_args = config, data_args
     trainer.watch = watch = Watch(trainer, data_args.max_bad_audio)
     trainer.add_callback(watch)
     checkpoint = args.resume_from_checkpoint or newest_checkpoint(args.output_dir)

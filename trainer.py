@@ -17,7 +17,9 @@ from transformers import Trainer, TrainerCallback
 
 from dataset import SpeechDataset
 from errors import Refused, refusing
+from evaluation import evaluate_hearing, in_words
 from model import save_projector
+from plot import plot
 from sampler import LengthSampler, SecondsSampler
 
 
@@ -62,18 +64,26 @@ class Watch(TrainerCallback):
         if any(terminated for terminated, *_ in ranks):
             self.terminated = control.should_save = control.should_training_stop = True
 
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            try:
+                plot(state.log_history, os.path.join(args.output_dir, "loss.png"))
+            except OSError as error:  # a full disk is for what matters more to complain about
+                print(f"no loss.png: {error}", flush=True)
+
+    on_train_end = on_save
+
 
 class ProjectorTrainer(Trainer):
     """The Trainer over batches by length, with checkpoints that hold no frozen weight."""
 
-    max_batch_seconds = None
     frames = padded = waited = 0  # since the last log: mel frames, the same with padding, seconds
     since = math.inf
 
     def _get_train_sampler(self, train_dataset: SpeechDataset | None = None) -> torch.utils.data.Sampler:
         dataset, args = train_dataset or self.train_dataset, self.args
-        if self.max_batch_seconds:
-            return SecondsSampler(dataset, self.max_batch_seconds, args.seed)
+        if self.data_args.max_batch_seconds:
+            return SecondsSampler(dataset, self.data_args.max_batch_seconds, args.seed)
         step = args.train_batch_size * args.world_size  # all ranks have like lengths in a step
         return LengthSampler(dataset, step, args.seed)
 
@@ -102,6 +112,16 @@ class ProjectorTrainer(Trainer):
             self.frames = self.padded = self.waited = 0
             self.since = math.inf
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """The loss of all; of --eval_utterances error rates too, and what others' audio does to the loss."""
+        metrics, dataset = super().evaluate(eval_dataset, *args, **kwargs), eval_dataset or self.eval_dataset
+        sizes = self.data_args.eval_utterances, self.args.per_device_eval_batch_size
+        if hearing := evaluate_hearing(self.model, dataset, *sizes):
+            self.log(hearing)
+            if self.args.should_log:
+                print(in_words(hearing), flush=True)
+        return metrics | hearing
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the projector, whole and in float32 under DeepSpeed too, and its config. For all ranks."""

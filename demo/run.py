@@ -16,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 FOLDER = Path("exp/demo")
 COMMANDS = {
     "speak": "demo/corpus.py --output_dir exp/demo/data",
@@ -29,7 +27,8 @@ COMMANDS = {
     "--save_strategy no",
     "recognise": "recognize.py --projector_model_path exp/demo/asr/model.safetensors "
     "--data_path exp/demo/data/test.jsonl --result_path exp/demo/asr/result.jsonl",
-    "score": "score.py exp/demo/asr/result.jsonl --html exp/demo/asr/report.html",
+    "score": "score.py --ref exp/demo/data/test.jsonl --hyp exp/demo/asr/result.jsonl "
+    "--html exp/demo/asr/report.html",
     "recognise shuffled": "recognize.py --projector_model_path exp/demo/asr/model.safetensors "
     "--data_path exp/demo/data/test_shuffled.jsonl --result_path exp/demo/asr/result_shuffled.jsonl",
     "score shuffled": "score.py exp/demo/asr/result_shuffled.jsonl",
@@ -65,16 +64,6 @@ def shuffle_audio() -> None:
     (FOLDER / "data/test_shuffled.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def plot_loss() -> None:
-    history = json.loads((FOLDER / "asr/trainer_state.json").read_text())["log_history"]
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.semilogy(*zip(*points, strict=True), color="#0072B2")
-    axes.set(xlabel="step (16 utterances each)", ylabel="loss (nats per token)", title="The projector learns")
-    axes.grid(alpha=0.3)
-    figure.savefig(FOLDER / "asr/loss.png", dpi=120)
-
-
 def main():
     shutil.rmtree(
         FOLDER / "asr", ignore_errors=True
@@ -88,7 +77,6 @@ def main():
         seconds[name] = time.perf_counter() - start
         if found := re.search(r"%WER (\S+)", printed):
             rates[name] = found[1]
-    plot_loss()
 
     print("\nheard of said")
     for record in read_jsonl(FOLDER / "asr/result.jsonl")[:5]:

@@ -10,10 +10,8 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = ["model.py", "dataset.py", "train.py", "recognize.py"]
-OTHERS = (
-    "beam_search chat continuation conversation encoder errors features hallucination manifest resumable "
-    "sampler score trainer"
-)
+OTHERS = """beam_search chat continuation conversation encoder errors evaluation features hallucination
+    manifest plot report resumable sampler score trainer"""
 OTHERS = [f"{name}.py" for name in OTHERS.split()]
 COMMANDS = [
     line.strip()
@@ -63,8 +61,9 @@ def test_commands_name_scripts_and_flags_that_exist(command, help_of):
 
 def test_flags_in_the_text_exist(help_of):
     scripts = ["train.py", "recognize.py", "continuation.py", "score.py", "chat.py"]
-    scripts += ["benchmarks/train.py", "benchmarks/plan.py", "recipes/aishell/prepare.py"]
-    known = set(re.findall(r"--\w+", "".join(map(help_of, scripts))))
+    others = ["benchmarks/common.py", "benchmarks/plan.py", "recipes/aishell/prepare.py"]
+    texts = [*map(help_of, scripts), *((ROOT / name).read_text(encoding="utf-8") for name in others)]
+    known = set(re.findall(r"--\w+", "".join(texts)))
     prose = re.findall(r"`(--[\w-]+)", README)
     assert prose and set(prose) <= known | {"--nproc_per_node", "--shutdown-timeout"}  # of torchrun
 
