@@ -10,8 +10,8 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = ["model.py", "dataset.py", "train.py", "recognize.py"]
-OTHERS = """beam_search continuation encoder errors evaluation features hallucination manifest plot
-    report resumable sampler score trainer"""
+OTHERS = """beam_search chat continuation conversation encoder errors evaluation features hallucination
+    manifest plot report resumable sampler score trainer"""
 OTHERS = [f"{name}.py" for name in OTHERS.split()]
 COMMANDS = [
     line.strip()
@@ -60,7 +60,7 @@ def test_commands_name_scripts_and_flags_that_exist(command, help_of):
 
 
 def test_flags_in_the_text_exist(help_of):
-    scripts = ["train.py", "recognize.py", "continuation.py", "score.py"]
+    scripts = ["train.py", "recognize.py", "continuation.py", "score.py", "chat.py"]
     others = ["benchmarks/common.py", "benchmarks/plan.py", "recipes/aishell/prepare.py"]
     texts = [*map(help_of, scripts), *((ROOT / name).read_text(encoding="utf-8") for name in others)]
     known = set(re.findall(r"--\w+", "".join(texts)))
@@ -84,7 +84,7 @@ def test_no_path_of_a_machine_and_no_code_of_the_demo_in_the_core():
 
 
 def test_scripts_do_not_import_each_other():
-    scripts = {"train", "recognize", "continuation", "score"}
+    scripts = {"train", "recognize", "continuation", "score", "chat"}
     for name in [*CORE, *OTHERS]:
         text = (ROOT / name).read_text(encoding="utf-8")
         imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
