@@ -19,71 +19,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from encoder import Encoder, encoder_len, real
 from errors import Refused, refusing
+from projector import make_projector
 
 IGNORE = -100  # a label that costs nothing
 FORMAT_VERSION = 1  # of config.json beside a projector
 
 
-class Conv1dProjector(nn.Module):
-    """West's projector: Conv1d, ReLU, Linear, ReLU, Linear; stride 5 gives 10 vectors a second.
-
-    The last stride is filled up with zeros, so that the end is heard and the shortest utterance has a vector.
-    """
-
-    def __init__(self, encoder_dim: int, llm_dim: int, stride: int, hidden_dim: int):
-        super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv1d(encoder_dim, encoder_dim, kernel_size=stride, stride=stride)
-        self.linear1 = nn.Linear(encoder_dim, hidden_dim)
-        self.linear2 = nn.Linear(hidden_dim, llm_dim)
-
-    def speech_len(self, frames):
-        """Vectors out of `frames` mel frames (int or Tensor)."""
-        return -(-encoder_len(frames) // self.stride)
-
-    def forward(self, encoded: Tensor, frames: Tensor) -> Tensor:
-        """encoded (batch, encoder_len, encoder_dim), padded with 0 -> (batch, speech_len, llm_dim)."""
-        encoded = F.pad(encoded.transpose(1, 2), (0, -encoded.shape[1] % self.stride))
-        hidden = F.relu(self.conv(encoded)).transpose(1, 2)  # (batch, speech_len, encoder_dim)
-        return self.linear2(F.relu(self.linear1(hidden)))
-
-
-class BlspProjector(nn.Module):
-    """BLSP's: three Conv1d of stride 2 with GLU, a residual bottleneck, LayerNorm; 6.25 vectors a second."""
-
-    def __init__(self, encoder_dim: int, llm_dim: int):
-        super().__init__()
-        outs = [encoder_dim, encoder_dim, llm_dim]
-        self.convs = nn.ModuleList(nn.Conv1d(encoder_dim, 2 * out, 5, stride=2, padding=2) for out in outs)
-        self.down, self.up = nn.Linear(llm_dim, 512, bias=False), nn.Linear(512, llm_dim, bias=False)
-        self.norm = nn.LayerNorm(llm_dim)
-
-    def speech_len(self, frames):
-        """Vectors out of `frames` mel frames (int or Tensor)."""
-        return (encoder_len(frames) + 7) // 8
-
-    def forward(self, encoded: Tensor, frames: Tensor) -> Tensor:
-        """encoded (batch, encoder_len, encoder_dim), frames (batch,) -> (batch, speech_len, llm_dim)."""
-        hidden, lens = encoded.transpose(1, 2), encoder_len(frames)
-        for conv in self.convs:  # each sees zeros past an end, as if alone
-            hidden = F.glu(conv(hidden * real(lens, hidden.shape[-1])[:, None]), dim=1)
-            lens = (lens + 1) // 2
-        hidden = hidden.transpose(1, 2)  # (batch, speech_len, llm_dim)
-        return self.norm(hidden + self.up(F.gelu(self.down(hidden))))
-
-
-def make_projector(projector_type: str, encoder_dim: int, llm_dim: int, stride=5, hidden_dim=2048):
-    """A new projector: `conv1d` is West's, `blsp` BLSP's, without sizes of its own. Raises Refused else."""
-    if projector_type == "conv1d" and min(stride, hidden_dim) > 0:
-        return Conv1dProjector(encoder_dim, llm_dim, stride, hidden_dim)
-    if projector_type == "blsp" and (stride, hidden_dim) == (5, 2048):
-        return BlspProjector(encoder_dim, llm_dim)
-    sizes = f"--projector_stride {stride} --projector_hidden_dim {hidden_dim}"
-    raise Refused(f"no --projector_type {projector_type} of {sizes}: blsp takes none, conv1d such above 0")
-
-
 class SpeechLLM(nn.Module):
-    """Encode, project, splice into the LLM's input. Only `projector` trains; only it is in `state_dict`.
+    """Encode, project, splice into the LLM's input. Only `projector` trains, and LoRA if asked for: these are
+    what `state_dict` holds.
 
     config: as in config.json. Raises Refused if its encoder or its LLM has other sizes than these.
     """
@@ -102,6 +46,8 @@ class SpeechLLM(nn.Module):
         sizes = config["projector_stride"], config["projector_hidden_dim"]
         self.projector = make_projector(config["projector_type"], *dims, *sizes)
         self.window = config["encoder_window"]
+        if config.get("lora_rank"):
+            add_lora(llm, config["lora_rank"])
         self.train(False)
 
     def train(self, mode: bool = True) -> "SpeechLLM":
@@ -124,11 +70,18 @@ class SpeechLLM(nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        return self.projector.state_dict(*args, **kwargs)
+        lora = [name for name, weight in self.llm.named_parameters() if weight.requires_grad]
+        llm = self.llm.state_dict(keep_vars=kwargs.get("keep_vars", False)) if lora else {}
+        return self.projector.state_dict(*args, **kwargs) | {f"llm.{name}": llm[name] for name in lora}
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
-        """Loads the projector, strictly even where the Trainer does not ask for it."""
-        return self.projector.load_state_dict(state_dict, strict=True, assign=assign)
+        """Loads what `state_dict` gives, strictly even where the Trainer does not ask for it."""
+        lora = {name: weight for name, weight in state_dict.items() if name.startswith("llm.")}
+        if lora.keys() != {name for name in self.state_dict() if name.startswith("llm.")}:
+            raise RuntimeError("not the LoRA of this model")
+        self.llm.load_state_dict({name[4:]: weight for name, weight in lora.items()}, strict=False)
+        projector = {name: weight for name, weight in state_dict.items() if name not in lora}
+        return self.projector.load_state_dict(projector, strict=True, assign=assign)
 
     @torch.no_grad()
     def encode(self, mel: Tensor, frames: Tensor) -> Tensor:
@@ -164,6 +117,16 @@ class SpeechLLM(nn.Module):
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORE, reduction="sum")
         targets = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": loss / targets}
+
+
+def add_lora(llm: PreTrainedModel, rank: int) -> None:
+    """Puts trainable matrices of that rank beside all Linears of the LLM but its head; alpha: 2 rank."""
+    import peft  # only then
+
+    lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    for weight in peft.inject_adapter_in_model(lora, llm).parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
 
 
 def load_llm(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:

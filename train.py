@@ -40,6 +40,7 @@ class ModelArguments:
     projector_type: str = HfArg(default="conv1d", help="conv1d (West) or blsp.")
     projector_stride: int = HfArg(default=5, help="Encoder vectors (50 a second) per speech vector.")
     projector_hidden_dim: int = HfArg(default=2048, help="Width between the two Linears of conv1d.")
+    lora_rank: int = HfArg(default=0, help="Rank of LoRA in the LLM; 0: none, all of it stays frozen.")
     encoder_window: Literal["utterance", "30s"] = HfArg(default="utterance", help="What Whisper is given.")
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     model = SpeechLLM(encoder, llm, config)
 
     if args.should_save:
-        probe(args.output_dir, 12 * sum(map(torch.numel, model.projector.parameters())))  # with Adam's two
+        probe(args.output_dir, 12 * sum(map(torch.numel, model.state_dict().values())))  # with Adam's two
     left_out, cache = [], None
     if data_args.feature_cache:
         dtype = torch.bfloat16 if args.bf16 else torch.float32

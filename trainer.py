@@ -42,7 +42,9 @@ class Watch(TrainerCallback):
         if trainer.is_deepspeed_enabled:
             norm = trainer.deepspeed.get_global_grad_norm()
         else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.projector.parameters()])
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in trainer.model.parameters() if p.requires_grad]
+            )
         terminated = self.signalled or signal.SIGTERM in signal.sigpending()
         finite = math.isfinite(norm)
         met = [(where, faults, loss.isfinite().item()) for where, faults, loss in self.met]
@@ -129,8 +131,8 @@ class ProjectorTrainer(Trainer):
         if self.is_deepspeed_enabled:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            named = self.model.projector.named_parameters()
-            state_dict = {name: safe_get_full_fp32_param(parameter) for name, parameter in named}
+            named = self.model.state_dict(keep_vars=True)
+            state_dict = {name: safe_get_full_fp32_param(parameter) for name, parameter in named.items()}
         if self.args.should_save:
             save_projector(output_dir or self.args.output_dir, state_dict, self.projector_config)
 

@@ -13,21 +13,19 @@ from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from beam_search import beam_search
 from dataset import Recordings, SpeechDataset, collate, load_tokenizer, render_prompt
-from encoder import load_encoder
+from encoder import encoder_len, load_encoder
 from manifest import read_audio, read_manifest
 from model import (
     IGNORE,
-    Conv1dProjector,
     Encoder,
     SpeechLLM,
-    encoder_len,
     fingerprint,
     load_config,
     load_llm,
     load_projector,
-    make_projector,
     save_projector,
 )
+from projector import Conv1dProjector, make_projector
 
 LENGTHS = [1, 2, 3, 10, 11, 58, 151, 300]  # mel frames of eight utterances, odd and even
 equal = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)  # what float32 leaves of an equality
