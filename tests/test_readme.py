@@ -11,7 +11,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = ["model.py", "dataset.py", "train.py", "recognize.py"]
 OTHERS = """beam_search chat continuation conversation encoder errors evaluation features hallucination
-    manifest plot report resumable sampler score trainer"""
+    manifest plot projector report resumable sampler score trainer"""
 OTHERS = [f"{name}.py" for name in OTHERS.split()]
 COMMANDS = [
     line.strip()
