@@ -13,7 +13,7 @@ measured on a CPU, in float32: --check.
 import argparse
 import os
 
-import common
+import harness
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -37,10 +37,10 @@ def known_llm(name: str) -> PreTrainedConfig:
     if os.path.isdir(name):
         return AutoConfig.from_pretrained(name).get_text_config()
     short = name.split("/")[-1].replace("-Instruct", "").replace("Meta-", "").replace("-3.1-8B", "-3-8B")
-    for known in common.LLMS:
+    for known in harness.LLMS:
         if short in (known, known.replace("Qwen2-", "Qwen2.5-")):
-            return common.llm_config(known)
-    raise Refused(f"--llm {name}: neither a folder nor one of {', '.join(common.LLMS)}")
+            return harness.llm_config(known)
+    raise Refused(f"--llm {name}: neither a folder nor one of {', '.join(harness.LLMS)}")
 
 
 def known_whisper(name: str) -> ModelDimensions:
@@ -49,16 +49,16 @@ def known_whisper(name: str) -> ModelDimensions:
         return ModelDimensions(**torch.load(name, weights_only=True, mmap=True)["dims"])
     alias = {"large-v3": "large", "turbo": "large", "large-v3-turbo": "large", "large-v1": "large-v2"}
     short = alias.get(name, name.removesuffix(".en"))
-    if short not in common.WHISPERS:
-        raise Refused(f"--whisper {name}: neither a file nor one of {', '.join([*common.WHISPERS, *alias])}")
-    return common.whisper_dims(short)
+    if short not in harness.WHISPERS:
+        raise Refused(f"--whisper {name}: neither a file nor one of {', '.join([*harness.WHISPERS, *alias])}")
+    return harness.whisper_dims(short)
 
 
 def lens(model: SpeechLLM, seconds: float) -> tuple[int, int, int, int]:
     """Frames, vectors of speech, positions with a label, positions."""
-    frames, labels = round(100 * seconds), round(common.TOKENS_A_SECOND * seconds) + 1
+    frames, labels = round(100 * seconds), round(harness.TOKENS_A_SECOND * seconds) + 1
     vectors = model.projector.speech_len(frames)
-    return frames, vectors, labels, common.BEFORE + vectors + common.AFTER + labels
+    return frames, vectors, labels, harness.BEFORE + vectors + harness.AFTER + labels
 
 
 def weight_bytes(model: SpeechLLM, llm_size: int, gpus: int = 1) -> float:
@@ -79,7 +79,7 @@ def activation_bytes(model: SpeechLLM, size: int, batch: int, seconds: float, ag
     query, key, value and output of the attention; and three of the MLP's width. None of its Linears' inputs.
     """
     config, encoder_dim = model.llm.config, model.encoder.dims.n_audio_state
-    width, between, (query, key) = config.hidden_size, config.intermediate_size, common.key_width(config)
+    width, between, (query, key) = config.hidden_size, config.intermediate_size, harness.key_width(config)
     frames, vectors, labels, positions = lens(model, seconds)
     encoder = (frames + 1) // 2 * encoder_dim * (40 if size == 4 else 22)
 
@@ -102,7 +102,7 @@ def step(whisper: str, sizes: tuple, batch: int, seconds: float, again: bool) ->
         model.gradient_checkpointing_enable()
     model.train()
     speech_mask = torch.zeros(batch, positions, dtype=torch.bool)
-    speech_mask[:, common.BEFORE : common.BEFORE + vectors] = True
+    speech_mask[:, harness.BEFORE : harness.BEFORE + vectors] = True
     targets = torch.randint(1000, (batch, positions)).index_fill_(1, torch.arange(positions - labels), IGNORE)
     inputs: dict[str, Tensor] = dict(frames=torch.full((batch,), frames), speech_mask=speech_mask)
     inputs |= dict(mel=torch.randn(batch, model.encoder.dims.n_mels, frames), labels=targets)
@@ -113,7 +113,7 @@ def step(whisper: str, sizes: tuple, batch: int, seconds: float, again: bool) ->
 
 
 def make_model(whisper: str, sizes: tuple, device: str) -> SpeechLLM:
-    return common.build(SpeechLLM, common.whisper_dims(whisper), common.llm_config("toy", sizes), device)
+    return harness.build(SpeechLLM, harness.whisper_dims(whisper), harness.llm_config("toy", sizes), device)
 
 
 def told_and_took(name: str, again: bool) -> tuple[float, float]:
@@ -121,7 +121,7 @@ def told_and_took(name: str, again: bool) -> tuple[float, float]:
     whisper, sizes, batch, seconds = SETTINGS[name]
     model = make_model(whisper, sizes, "meta")
     told = weight_bytes(model, 4) + activation_bytes(model, 4, batch, seconds, again)
-    return told, common.peak("cpu", step, whisper, sizes, batch, seconds, again)
+    return told, harness.peak("cpu", step, whisper, sizes, batch, seconds, again)
 
 
 def check() -> float:
@@ -145,7 +145,7 @@ def main() -> None:
     add("--gpu_memory", type=float, default=24, help="GiB of one GPU; default: 24")
     add("--gpus", type=int, default=1, help="default: 1")
     add("--seconds", type=float, default=30, help="of every utterance; default: 30, the worst there is")
-    add("--lengths", choices=common.LENGTHS, help="in place of --seconds: those of a corpus")
+    add("--lengths", choices=harness.LENGTHS, help="in place of --seconds: those of a corpus")
     add("--peak_tflops", type=float, default=150, help="of one GPU in bfloat16; default: 150")
     add("--share_of_peak", type=float, default=0.4, help="reached in training; default: 0.4")
     add("--check", action="store_true", help="only compare the model of memory with this CPU")
@@ -155,9 +155,9 @@ def main() -> None:
 
     mean = most = args.seconds
     if args.lengths:
-        mean, _, _, most = common.LENGTHS[args.lengths]
+        mean, _, _, most = harness.LENGTHS[args.lengths]
     dims, config = known_whisper(args.whisper), known_llm(args.llm)
-    model = common.build(SpeechLLM, dims, config, "meta")
+    model = harness.build(SpeechLLM, dims, config, "meta")
     frames, vectors, labels, positions = lens(model, mean)
     print(f"{args.whisper} + {args.llm}, {args.gpus} GPUs of {args.gpu_memory:g} GiB, up to {most:g} s\n")
     print("| weights | activations | weights GiB | GiB per utterance | batch fits | 1,000 hours take |")
@@ -168,7 +168,7 @@ def main() -> None:
             weights = weight_bytes(model, 2, gpus)
             one = activation_bytes(model, 2, 1, most, again)
             batch = max(0, int((room - weights) // one))
-            flop = common.step_flop(model, frames, vectors, positions, labels, again) * 3.6e6 / mean
+            flop = harness.step_flop(model, frames, vectors, positions, labels, again) * 3.6e6 / mean
             hours = flop / (args.peak_tflops * 1e12 * args.share_of_peak * args.gpus) / 3600
             names = "whole" if gpus == 1 else f"ZeRO-3 over {gpus}", "computed again" if again else "kept"
             took = f"{hours:.1f} h" if batch else "-"

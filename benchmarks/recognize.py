@@ -13,7 +13,7 @@ batch 1 of the same round and beam. On cuda in bfloat16: not yet run on one.
 import argparse
 from statistics import median
 
-import common
+import harness
 import numpy as np
 import torch
 from torch.nn.functional import pad
@@ -27,7 +27,7 @@ END, ARMS = 0, ("batch 1", "same batches", "ours")
 
 def make_model(shape: str, device: str) -> SpeechLLM:
     """Random weights that never produce END, and whose beams do not tie."""
-    model = common.of_shape(SpeechLLM, shape, device)
+    model = harness.of_shape(SpeechLLM, shape, device)
     bias = -100.0 * (torch.arange(model.llm.config.vocab_size, device=device) == END)
     model.llm.lm_head.bias = torch.nn.Parameter(bias.to(model.llm.dtype), requires_grad=False)
     return model
@@ -40,9 +40,9 @@ def make_example(model: SpeechLLM, seconds: float) -> dict[str, torch.Tensor]:
     return {
         "mel": torch.randn(model.encoder.dims.n_mels, frames, generator=random),
         "frames": torch.tensor(frames),
-        "input_ids": torch.zeros(common.BEFORE + vectors + common.AFTER, dtype=torch.long),
-        "speech_mask": pad(torch.ones(vectors, dtype=torch.bool), (common.BEFORE, common.AFTER)),
-        "attention_mask": torch.ones(common.BEFORE + vectors + common.AFTER, dtype=torch.long),
+        "input_ids": torch.zeros(harness.BEFORE + vectors + harness.AFTER, dtype=torch.long),
+        "speech_mask": pad(torch.ones(vectors, dtype=torch.bool), (harness.BEFORE, harness.AFTER)),
+        "attention_mask": torch.ones(harness.BEFORE + vectors + harness.AFTER, dtype=torch.long),
     }
 
 
@@ -57,7 +57,7 @@ def recognize(
     for seconds in batches:
         batch = collate([make_example(model, length) for length in seconds], side="left")
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        limits = [round(common.TOKENS_A_SECOND * length) for length in seconds]
+        limits = [round(harness.TOKENS_A_SECOND * length) for length in seconds]
         if arm == "ours":
             hyps += [ids for ids, _, _ in beam_search(model, batch, limits, [END], beams)]
         else:
@@ -79,26 +79,26 @@ def flop(model: SpeechLLM, arm: str, beams: int, seconds: np.ndarray) -> tuple[f
             flop(model, "same batches", beams, seconds[i : i + 1])[0] for i in range(len(seconds))
         ), 0.0
     config, frames = model.llm.config, np.round(100 * seconds)
-    prompts = common.BEFORE + np.ceil(frames / 10) + common.AFTER
-    prompt, steps = prompts.max(), np.round(common.TOKENS_A_SECOND * seconds)
+    prompts = harness.BEFORE + np.ceil(frames / 10) + harness.AFTER
+    prompt, steps = prompts.max(), np.round(harness.TOKENS_A_SECOND * seconds)
     steps = steps if arm == "ours" else np.full_like(steps, steps.max())
-    read = common.llm_flop(config, prompt) * (1 if arm == "ours" else beams)
-    texts = [common.llm_flop(config, count, prompt + count / 2) for count in steps]
-    texts += [common.head_flop(config, count) for count in steps]
-    total = len(seconds) * (common.encoder_flop(model.encoder.dims, int(frames.max())) + read)
+    read = harness.llm_flop(config, prompt) * (1 if arm == "ours" else beams)
+    texts = [harness.llm_flop(config, count, prompt + count / 2) for count in steps]
+    texts += [harness.head_flop(config, count) for count in steps]
+    total = len(seconds) * (harness.encoder_flop(model.encoder.dims, int(frames.max())) + read)
     return total + beams * sum(texts), 1 - prompts.mean() / prompt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    common.add_flags(parser, batch_size=16)
+    harness.add_flags(parser, batch_size=16)
     parser.add_argument("--beams", type=int, nargs="*", default=[1, 4], help="default: 1 4")
     args = parser.parse_args()
-    device, pool = args.device, common.draw(args.lengths, 50 * args.batch_size)
-    batches = [np.sort(pool[chosen])[::-1] for chosen in common.by_length(pool, args.batch_size, args.steps)]
+    device, pool = args.device, harness.draw(args.lengths, 50 * args.batch_size)
+    batches = [np.sort(pool[chosen])[::-1] for chosen in harness.by_length(pool, args.batch_size, args.steps)]
     most = np.sort(pool)[: -args.batch_size - 1 : -1]
     arms = [(arm, beams) for beams in args.beams for arm in ARMS]
-    peaks = [common.peak(device, longest, args.shape, arm, beams, most, device) for arm, beams in arms]
+    peaks = [harness.peak(device, longest, args.shape, arm, beams, most, device) for arm, beams in arms]
 
     model = make_model(args.shape, device)
     if device == "cpu":  # in bfloat16 hypotheses depend on the batch
@@ -108,21 +108,21 @@ def main() -> None:
                 model, "batch 1", beams, few, device
             )
     runs = [lambda pair=pair: recognize(model, *pair, batches, device) for pair in arms]
-    took = common.rounds(dict(zip(arms, runs)), args.pairs, device)
+    took = harness.rounds(dict(zip(arms, runs)), args.pairs, device)
 
-    limit, rows, audio = common.matrix_peak(device), [], float(np.sum(batches))
+    limit, rows, audio = harness.matrix_peak(device), [], float(np.sum(batches))
     utterances = args.steps * args.batch_size
     for (arm, beams), bytes_ in zip(arms, peaks):
         speed, base = 1 / median(took[arm, beams]), took["batch 1", beams]
         work, padding = np.sum([flop(model, arm, beams, seconds) for seconds in batches], axis=0).tolist()
         rows.append({
             "arm": arm, "beams": beams, "utterances/s": utterances * speed,
-            "times real time": audio * speed, "times batch 1": common.ratio(base, took[arm, beams]),
-            "times same batches": common.ratio(took["same batches", beams], took[arm, beams]),
+            "times real time": audio * speed, "times batch 1": harness.ratio(base, took[arm, beams]),
+            "times same batches": harness.ratio(took["same batches", beams], took[arm, beams]),
             "padding": padding / len(batches), "TFLOP/utterance": work / 1e12 / utterances,
             "share of matrix peak": work * speed / limit, "peak MB": bytes_ / 1e6,
         })  # fmt: skip
-    common.report(args, "Recognition", limit, rows)
+    harness.report(args, "Recognition", limit, rows)
 
 
 if __name__ == "__main__":

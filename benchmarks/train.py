@@ -14,7 +14,7 @@ of the longest batch of 50. On cuda in bfloat16 as under --bf16: not yet run on 
 import argparse
 from statistics import median
 
-import common
+import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -73,15 +73,15 @@ class Arm(SpeechLLM):
 def make_example(model: SpeechLLM, seconds: float, off: set[str], seed: int) -> dict[str, torch.Tensor]:
     """An example as SpeechDataset makes it: noise, and random ids."""
     random, frames = torch.Generator().manual_seed(seed), round(100 * seconds)
-    count, vocab_size = round(common.TOKENS_A_SECOND * seconds) + 1, model.llm.config.vocab_size
+    count, vocab_size = round(harness.TOKENS_A_SECOND * seconds) + 1, model.llm.config.vocab_size
     vectors = model.projector.speech_len(WINDOW if "positions" in off else frames)
     prompt, target = (
-        common.BEFORE + vectors + common.AFTER,
+        harness.BEFORE + vectors + harness.AFTER,
         torch.randint(vocab_size, (count,), generator=random),
     )
     room = POSITIONS - prompt - count if "positions" in off else 0
     mel = torch.randn(model.encoder.dims.n_mels, frames, generator=random)
-    around = common.BEFORE, common.AFTER + count + room
+    around = harness.BEFORE, harness.AFTER + count + room
     return {
         "mel": F.pad(mel, (0, WINDOW - frames)) if "encoder" in off else mel,
         "frames": torch.tensor(frames),
@@ -105,7 +105,7 @@ def make_batch(model: Arm, seconds: np.ndarray, off: set[str], device: str) -> d
 
 
 def make_model(shape: str, device: str) -> tuple[Arm, torch.optim.Optimizer]:
-    model = common.of_shape(Arm, shape, device)
+    model = harness.of_shape(Arm, shape, device)
     return model, torch.optim.AdamW(model.projector.parameters())
 
 
@@ -140,30 +140,30 @@ def flop(model: SpeechLLM, batch: dict, off: set[str]) -> float:
     rows, positions = batch["input_ids"].shape
     logits = positions if "head" in off else int((batch["labels"] != IGNORE).any(0).sum())
     vectors, frames = int(batch["speech_mask"].sum(1).max()), 0 if "cache" in off else batch["mel"].shape[-1]
-    return rows * common.step_flop(model, frames, vectors, positions, logits, "memory" in off)
+    return rows * harness.step_flop(model, frames, vectors, positions, logits, "memory" in off)
 
 
 def padding(batch: dict, seconds: np.ndarray, off: set[str]) -> tuple[float, float]:
     """Shares of padding in the encoder and in the LLM."""
     frames = 100 * np.asarray(seconds)
     heard = 0.0 if "cache" in off else 1 - frames.sum() / (len(frames) * batch["mel"].shape[-1])
-    needed = common.BEFORE + frames / 10 + common.AFTER + common.TOKENS_A_SECOND * frames / 100 + 1
+    needed = harness.BEFORE + frames / 10 + harness.AFTER + harness.TOKENS_A_SECOND * frames / 100 + 1
     return heard, 1 - needed.sum() / batch["input_ids"].numel()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    common.add_flags(parser, batch_size=8)
+    harness.add_flags(parser, batch_size=8)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, help="only these, and 2024")
     args = parser.parse_args()
     device, arms = args.device, {arm: ARMS[arm] for arm in ["2024", *args.arms]}
-    pool = common.draw(args.lengths, 50 * args.batch_size)  # as many as LengthSampler sorts at once
+    pool = harness.draw(args.lengths, 50 * args.batch_size)  # as many as LengthSampler sorts at once
     most = np.sort(pool)[-args.batch_size :]
-    peaks = {arm: common.peak(device, longest, args.shape, device, off, most) for arm, off in arms.items()}
+    peaks = {arm: harness.peak(device, longest, args.shape, device, off, most) for arm, off in arms.items()}
 
     model, optimizer = make_model(args.shape, device)
     random, batches, runs = np.random.default_rng(1), {}, {}
-    in_order = common.by_length(pool, args.batch_size, args.steps)
+    in_order = harness.by_length(pool, args.batch_size, args.steps)
     for arm, off in arms.items():
         drawn = [in_order] * (args.pairs + 1)
         if "batches" in off:  # others in each round
@@ -177,9 +177,9 @@ def main() -> None:
         ]
         turns = iter([[batch for batch, _ in steps] for steps in batches[arm]] * len(drawn))
         runs[arm] = lambda turns=turns, off=off: train(model, optimizer, next(turns), off, device)
-    took = common.rounds(runs, args.pairs, device)
+    took = harness.rounds(runs, args.pairs, device)
 
-    limit, rows = common.matrix_peak(device), []
+    limit, rows = harness.matrix_peak(device), []
     for arm, off in arms.items():
         ran = [step for steps in batches[arm] for step in steps]
         utterances, share = args.steps * args.batch_size, len(ran) // args.steps
@@ -189,12 +189,12 @@ def main() -> None:
         heard, told = np.mean([padding(*step, off) for step in ran], axis=0).tolist()
         rows.append({
             "arm": arm, "utterances/s": utterances * speed, "hours/hour": audio * speed,
-            "times 2024": common.ratio(took["2024"], took[arm]),
+            "times 2024": harness.ratio(took["2024"], took[arm]),
             "padding, encoder": heard, "padding, LLM": told,
             "TFLOP/utterance": work / utterances / 1e12, "share of matrix peak": work * speed / limit,
             "peak MB": peaks[arm] / 1e6, "of 2024's": peaks[arm] / peaks["2024"],
         })  # fmt: skip
-    common.report(args, "Training", limit, rows)
+    harness.report(args, "Training", limit, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from conftest import ROOT, script
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.append(str(ROOT / "benchmarks"))
-import common  # noqa: E402
+import harness  # noqa: E402
 import plan  # noqa: E402
 
 from model import SpeechLLM  # noqa: E402
@@ -24,8 +24,8 @@ def load(name: str) -> dict:
 @pytest.fixture(autouse=True)
 def micro(monkeypatch):
     """A shape for tests in place of toy."""
-    monkeypatch.setitem(common.LLMS, "toy", (64, 128, 2, 4, 2, 500, False))
-    monkeypatch.setitem(common.WHISPERS, "toy", (80, 64, 2, 2))
+    monkeypatch.setitem(harness.LLMS, "toy", (64, 128, 2, 4, 2, 500, False))
+    monkeypatch.setitem(harness.WHISPERS, "toy", (80, 64, 2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -138,5 +138,5 @@ def test_plan_tells_what_fits(capsys):
 
 @pytest.mark.parametrize("name, millions", [("Qwen2-0.5B", 494), ("Qwen2-7B", 7616), ("Llama-3-8B", 8030)])
 def test_known_llms_have_their_published_sizes(name, millions):
-    model = common.build(SpeechLLM, common.whisper_dims("tiny"), plan.known_llm(name), "meta")
+    model = harness.build(SpeechLLM, harness.whisper_dims("tiny"), plan.known_llm(name), "meta")
     assert round(sum(map(torch.numel, model.llm.parameters())) / 1e6) == millions

@@ -61,7 +61,7 @@ def test_commands_name_scripts_and_flags_that_exist(command, help_of):
 
 def test_flags_in_the_text_exist(help_of):
     scripts = ["train.py", "recognize.py", "continuation.py", "score.py", "chat.py"]
-    others = ["benchmarks/common.py", "benchmarks/plan.py", "recipes/aishell/prepare.py"]
+    others = ["benchmarks/harness.py", "benchmarks/plan.py", "recipes/aishell/prepare.py"]
     texts = [*map(help_of, scripts), *((ROOT / name).read_text(encoding="utf-8") for name in others)]
     known = set(re.findall(r"--\w+", "".join(texts)))
     prose = re.findall(r"`(--[\w-]+)", README)
